@@ -1,0 +1,490 @@
+"""The ranks of a run and the model they train: torchrun and FSDP2 setup, MTP heads, their loss, loading and saving.
+
+What every script needs and no paper claims is in this file, `data.py` (from `--data` to batches) and `runs.py` (run
+directory, checkpoints, tracking). Weights, the reduction to a loss, the loop and the arguments stay in the scripts.
+
+Shapes: B batch, T positions, K heads, V vocabulary, D width, N tokens.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+import tyro
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+IGNORE = -100  # a target that is no target: prompt, padding, past the end of the row or of the document
+HEADS_FILE = "mtp_heads.safetensors"
+
+
+class UsageError(ValueError):
+    """What a user can mend: one line that names the value, the limit and the flag. The entry point exits with 2."""
+
+
+# ------------------------------------------------------------------------------------------------------- entry and ranks
+def run_script(main, args_class, doc):
+    """Parse the command line, run `main(args)`, and turn a `UsageError` into one line and exit code 2."""
+    rank = int(os.environ.get("RANK", 0))
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        main(tyro.cli(args_class, description=doc, console_outputs=rank == 0))
+    except UsageError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@dataclasses.dataclass
+class Ranks:
+    """This process among all of the run: which one it is, where and in which type it computes."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+
+    def autocast(self):
+        """Context of a forward pass: half-precision products over fp32 master weights, or nothing in fp32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def gather(self, values):
+        """The tensor of every rank, `[world_size, ...]`."""
+        if self.world_size == 1:
+            return values[None]
+        everyone = values.new_empty(self.world_size, *values.shape)
+        dist.all_gather_into_tensor(everyone, values.contiguous())
+        return everyone
+
+    def barrier(self):
+        if self.world_size > 1:
+            dist.barrier()
+
+    def say(self, text):
+        """Print once, not once a rank."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+
+def setup_ranks(device, dtype):
+    """Join the process group that torchrun describes (none: one process); choose device and compute type and say which.
+
+    `dtype="auto"` takes bf16 where the device multiplies faster in it: on a CPU by a measured product.
+    """
+    world_size, mps = int(os.environ.get("WORLD_SIZE", 1)), torch.backends.mps.is_available()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps and world_size == 1 else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    if device == "mps" and not (mps and world_size == 1):
+        raise UsageError("--device mps: needs one process on a machine with Metal; use --device cpu")
+    where = torch.device(device)
+    if device == "cuda":
+        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(where)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    why, half = f"--dtype {dtype}", dtype == "bf16"
+    if dtype == "auto" and device == "cpu":
+        seconds = []
+        for kind in (torch.bfloat16, torch.float32):
+            a = torch.ones(256, 256, dtype=kind)
+            times = [(time.perf_counter(), a @ a, time.perf_counter()) for _ in range(6)]
+            seconds.append(sorted(end - start for start, _, end in times)[2])
+        ratio = torch.tensor(seconds[0] / seconds[1])
+        if world_size > 1:
+            dist.broadcast(ratio, 0)  # every rank must choose alike
+        half, why = bool(ratio < 0.8), f"a bf16 product takes {ratio:.2g} times an fp32 one"
+    elif dtype == "auto":
+        half, why = device == "mps" or torch.cuda.is_bf16_supported(including_emulation=False), f"what this {device} is fast in"
+    chosen = torch.float32 if not half else torch.float16 if device == "mps" else torch.bfloat16
+    ranks = Ranks(int(os.environ.get("RANK", 0)), world_size, where, chosen)
+    ranks.say(f"device    {where.type}, {world_size} rank(s), products in {str(chosen)[6:]} ({why}), master weights in float32")
+    return ranks
+
+
+def shard(model, ranks):
+    """Shard parameters, gradients and optimizer state over all ranks (FSDP2); on one rank, leave the model as it is.
+
+    Gradients are summed, not averaged: the loss is already divided by the count of valid targets of all ranks.
+    """
+    if ranks.world_size == 1:
+        return model
+    half = ranks.dtype if ranks.dtype != torch.float32 else None
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    for layer in [*model.trunk_layers, *model.heads.layers]:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+    return model
+
+
+def set_gradient_sync(model, sync):
+    """Reduce gradients over ranks in the next backward, or (micro-steps but the last) keep them on each rank."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(sync)
+
+
+def clip_gradients(model, limit):
+    """Scale the gradient down to norm `limit` (0: leave it); returns its norm before, over all ranks."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+# ------------------------------------------------------------------------------------------------------------- the model
+class Heads(nn.Module):
+    """The prediction heads, standing where the decoder had its last layer: all run on the trunk's output.
+
+    The decoder goes on with their outputs side by side in the batch, `[K*B, T, D]`, so its own final norm, its masks,
+    rotary tables, embedding scale and sliding windows serve every head, whatever the family.
+    """
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.active = len(layers)  # heads 1..active run
+        self.recompute = False  # keep no activations of the head layers, run them again in the backward
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # decoders ask a layer for its kind of attention
+            return getattr(super().__getattr__("layers")[0], name)
+
+    def forward(self, hidden_BTD, *args, **kwargs):
+        outputs = []
+        for layer in self.layers[: self.active]:
+            run = functools.partial(checkpoint, layer, use_reentrant=False) if self.recompute else layer
+            outputs.append(run(hidden_BTD, *args, **kwargs))
+        return torch.cat(outputs)
+
+
+class MTPModel(nn.Module):
+    """A `transformers` causal LM whose last layer is head 1 of several (Gloeckle et al. 2024, arXiv 2404.19737, sec. 2).
+
+    Trunk and head 1 are the plain model: `causal_lm` still generates and saves as one.
+
+    Args:
+        causal_lm: a causal LM with `model.layers`, `model.norm` and a bias-free `lm_head`.
+        extra_heads: layers of the same kind for heads 2..H.
+    """
+
+    def __init__(self, causal_lm, extra_heads):
+        super().__init__()
+        layers = causal_lm.model.layers
+        for number, layer in enumerate(extra_heads, start=len(layers)):  # each layer owns a slot of the key-value cache
+            for module in layer.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = number
+        layers[-1] = Heads([layers[-1], *extra_heads])
+        self.causal_lm = causal_lm
+        self.softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
+        self.chunk = 256
+
+    @property
+    def heads(self):
+        return self.causal_lm.model.layers[-1]
+
+    @property
+    def trunk_layers(self):
+        return self.causal_lm.model.layers[:-1]
+
+    def hidden(self, x_BT, num_heads):
+        """Normed states of heads 1..num_heads, `[K, B, T, D]`."""
+        self.heads.active = num_heads
+        states = self.causal_lm.model(input_ids=x_BT, use_cache=False).last_hidden_state
+        return states.view(num_heads, *x_BT.shape, -1)
+
+    def forward(self, x_BT, targets_KBT, with_correct=False):
+        """Cross entropy of each target in nats, fp32, `[K, B, T]`, 0 where the target is `IGNORE`.
+
+        Heads 1..K run, K being the first size of `targets_KBT`. The logits exist for `chunk` tokens at a time; the
+        backward makes them again. With `with_correct` a second `[K, B, T]` says where the most likely token is the
+        target.
+        """
+        hidden = self.hidden(x_BT, targets_KBT.shape[0]).flatten(0, -2)
+        weight, targets = self.causal_lm.lm_head.weight, targets_KBT.flatten()
+        run = functools.partial(checkpoint, _token_losses, use_reentrant=False, preserve_rng_state=False)
+        parts = [
+            run(h, weight, t, self.softcap, with_correct) for h, t in zip(hidden.split(self.chunk), targets.split(self.chunk))
+        ]
+        loss, correct = (torch.cat(part).view_as(targets_KBT) for part in zip(*parts))
+        return (loss, correct) if with_correct else loss
+
+
+def _token_losses(hidden_ND, weight_VD, targets_N, softcap, with_correct):
+    logits = F.linear(hidden_ND, weight_VD).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    loss = F.cross_entropy(logits, targets_N, ignore_index=IGNORE, reduction="none")
+    return loss, (logits.argmax(-1) == targets_N if with_correct else loss)
+
+
+TINY = dict(  # sizes measured to learn most in five minutes on 2 CPU cores; the table is in README
+    vocab_size=259, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
+    max_position_embeddings=2048, tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+)  # fmt: skip
+
+
+def build_model(name, num_heads, seq_len=None, recompute="none"):
+    """Model and tokenizer from what `--model` names.
+
+    Args:
+        name: `tiny` or a `config.json` (from scratch: its layers are trunk and heads together, so every number of
+            heads has the same number of parameters), a folder or hub name of a Hugging Face causal LM (heads 2..H
+            start as copies of the last layer), a run directory or `model/` of ours (its heads are read), or a folder
+            in Meta's release layout (`consolidated.pth`, `params.json`).
+        num_heads: H, at least 1; for a folder that holds heads, the number it holds.
+        seq_len: longest input there will be.
+        recompute: `heads` or `all` layers keep no activations for the backward.
+
+    Raises:
+        UsageError: nothing there, a family whose logits the heads cannot reproduce, numbers that do not fit.
+    """
+    if num_heads < 1:
+        raise UsageError(f"--num-heads {num_heads}: at least 1")
+    path = Path(name)
+    if name == "tiny":
+        return from_config(transformers.LlamaConfig(**TINY), num_heads), load_tokenizer(None)
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise UsageError(f"--model {name}: no such file")
+        model, tokenizer = from_config(transformers.AutoConfig.from_pretrained(path), num_heads), load_tokenizer(path.parent)
+    else:
+        model, tokenizer = load_mtp(name, num_heads, add_heads=True), load_tokenizer(_model_dir(name))
+    rows, known = model.causal_lm.lm_head.weight.shape[0], len(tokenizer)
+    if not 0 <= rows - known < 1024:  # families pad their vocabulary to round numbers: 399 rows in Qwen2.5-7B
+        raise UsageError(
+            f"--model {name}: its vocabulary has {rows} entries, its tokenizer {known}; at least {known} and fewer "
+            f"than {known + 1024} fit, so give --model a folder whose tokenizer is its own"
+        )
+    longest = getattr(model.causal_lm.config, "max_position_embeddings", None) or math.inf
+    if (seq_len or 0) > longest:
+        raise UsageError(f"--seq-len {seq_len}: --model {name} has positions for {longest} tokens at most")
+    model.heads.recompute = recompute == "heads"
+    if recompute == "all":
+        model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, tokenizer
+
+
+def load_tokenizer(folder):
+    """The tokenizer in `folder`; bytes (`ByT5Tokenizer`: byte + 3, EOS 1) where there is none to read."""
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if folder is None or (Path(folder).is_dir() and not any((Path(folder) / f).exists() for f in files)):
+        return transformers.ByT5Tokenizer(extra_ids=0)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise UsageError(f"--model {folder}: its tokenizer cannot be read ({first_line(error)})") from None
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"--model {folder}: its tokenizer has no end-of-sequence token, and documents must end in one")
+    return tokenizer
+
+
+def from_config(config, num_heads):
+    """A freshly initialised model with `config.num_hidden_layers` layers, trunk and heads together."""
+    total = config.num_hidden_layers
+    if num_heads > total:
+        raise UsageError(f"--num-heads {num_heads}: the model has {total} layers, trunk and heads together; at most {total}")
+    kept = total - num_heads + 1
+    config = copy.deepcopy(config)
+    if getattr(config, "layer_types", None):  # heads are of head 1's kind
+        config.layer_types = config.layer_types[:kept] + [config.layer_types[kept - 1]] * (num_heads - 1)
+    with _refusing(config):
+        causal_lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        extra_heads = list(causal_lm.model.layers[kept:])
+        causal_lm.model.layers = causal_lm.model.layers[:kept]
+        causal_lm.config.num_hidden_layers = kept
+        if getattr(config, "layer_types", None):
+            causal_lm.config.layer_types = config.layer_types[:kept]
+        return _checked(causal_lm, extra_heads)
+
+
+def load_mtp(name, num_heads=None, add_heads=False):
+    """Load trunk, head 1 and heads 2..H from a run directory, a `model/`, Meta's layout or a Hugging Face model.
+
+    Args:
+        num_heads: H; None takes the number that the files hold.
+        add_heads: where the files hold head 1 alone, make heads 2..H as copies of it (the next-token function is
+            untouched; taking layers away instead hurts: 2404.19737, table S6).
+
+    Raises:
+        UsageError: no such model; another number of heads asked for than the files hold.
+    """
+    folder = _model_dir(name)
+    if (Path(folder) / "consolidated.pth").exists():
+        model = _load_meta(Path(folder))
+        _same_number(name, num_heads, len(model.heads.layers))
+        return model
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        with _refusing(config):
+            causal_lm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"--model {name}: not a preset (tiny), nor a model that can be read ({first_line(error)})") from None
+    file, states = Path(folder) / HEADS_FILE, []
+    if file.exists():
+        tensors = load_file(file)
+        numbers = sorted({int(key.split(".")[1]) for key in tensors})
+        states = [{k.split(".", 2)[2]: v for k, v in tensors.items() if int(k.split(".")[1]) == n} for n in numbers]
+    if states or not add_heads:
+        _same_number(name, num_heads, 1 + len(states))
+    with _refusing(config):
+        extra_heads = [copy.deepcopy(causal_lm.model.layers[-1]) for _ in range(len(states) or (num_heads or 1) - 1)]
+        for layer, state in zip(extra_heads, states):
+            layer.load_state_dict(state)
+        return _checked(causal_lm, extra_heads)
+
+
+def _model_dir(name):
+    inside = Path(name) / "model"
+    return str(inside) if (inside / "config.json").exists() else str(name)
+
+
+def _same_number(name, asked, held):
+    if asked not in (None, held):
+        raise UsageError(f"--num-heads {asked}: {name} holds {held} heads; use --num-heads {held}")
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def _refusing(config):
+    """Turn the ways in which a family's code does not fit into one line that names the family."""
+    try:
+        yield
+    except (AttributeError, TypeError, KeyError, NotImplementedError) as error:
+        raise UsageError(f"--model: the family {config.model_type} is not supported ({first_line(error)})") from error
+
+
+@torch.no_grad()
+def _checked(causal_lm, extra_heads):
+    """Wrap, and refuse a family where head 1 is not the plain model to rounding: it must never be trained wrongly."""
+    family, head = causal_lm.config.model_type, causal_lm.lm_head
+    if not isinstance(head, nn.Linear) or head.bias is not None or not hasattr(causal_lm.model, "norm"):
+        raise UsageError(f"--model: the family {family} is not supported (needs model.norm and an lm_head without bias)")
+    causal_lm.eval()
+    x_BT = torch.arange(12)[None] % head.weight.shape[0]
+    plain = causal_lm(input_ids=x_BT, use_cache=False).logits.float()
+    model = MTPModel(causal_lm, extra_heads).eval()
+    targets = plain.argmax(-1)[None]
+    expected = F.cross_entropy(plain[0], targets[0, 0], reduction="none")
+    difference = (model(x_BT, targets)[0, 0] - expected).abs().max().item()
+    if not difference <= 1e-4 * max(1.0, expected.abs().max().item()):
+        raise UsageError(
+            f"--model: the family {family} is not supported (head 1 differs from the plain model by {difference:.3g} nats)"
+        )
+    return model
+
+
+def _load_meta(folder):
+    """Meta's release layout (huggingface.co/facebook/multi-token-prediction): LLaMA-1 names, rotary pairs interleaved."""
+    params = json.loads((folder / "params.json").read_text())
+    tensors = torch.load(folder / "consolidated.pth", map_location="cpu", weights_only=True, mmap=True)
+    names = {
+        "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    }  # fmt: skip
+    num_heads = params.get("n_future_tokens", 1)
+    kept = params["n_layers"] - num_heads + 1
+    vocab_size, width = tensors["output.weight"].shape
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size, hidden_size=width, num_hidden_layers=params["n_layers"],
+        intermediate_size=tensors["layers.0.feed_forward.w1.weight"].shape[0], num_attention_heads=params["n_heads"],
+        num_key_value_heads=params.get("n_kv_heads") or params["n_heads"], rms_norm_eps=params["norm_eps"],
+        rope_theta=params.get("rope_theta", 10000.0), max_position_embeddings=params.get("max_seq_len", 4096),
+        tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+    def renamed(prefix, number):
+        state = {}
+        for old, new in names.items():
+            value = tensors[f"{prefix}.{number}.{old}.weight"].float()
+            if old in ("attention.wq", "attention.wk"):  # pairs (2i, 2i+1) there, halves (i, i + D/2) in transformers
+                size = width // params["n_heads"]
+                value = value.view(-1, size // 2, 2, width).transpose(1, 2).reshape(-1, width)
+            state[f"{new}.weight"] = value
+        return state
+
+    causal_lm = transformers.LlamaForCausalLM(config)
+    order = [("layers", n) for n in range(kept)] + [("extra_heads", n) for n in range(num_heads - 1)]
+    for layer, (prefix, number) in zip(causal_lm.model.layers, order, strict=True):
+        layer.load_state_dict(renamed(prefix, number))
+    for module, old in (
+        (causal_lm.model.embed_tokens, "tok_embeddings"),
+        (causal_lm.model.norm, "norm"),
+        (causal_lm.lm_head, "output"),
+    ):
+        module.load_state_dict({"weight": tensors[f"{old}.weight"].float()})
+    extra_heads = list(causal_lm.model.layers[kept:])
+    causal_lm.model.layers = causal_lm.model.layers[:kept]
+    causal_lm.config.num_hidden_layers = kept
+    return _checked(causal_lm, extra_heads)
+
+
+def save_model(model, tokenizer, folder, ranks):
+    """Write `folder`: trunk and head 1 as a plain Hugging Face model with tokenizer, heads 2..H in `mtp_heads.safetensors`.
+
+    Written beside and renamed, so a folder of that name is whole. Every rank takes part.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    full = get_model_state_dict(model, options=options) if ranks.world_size > 1 else model.state_dict()
+    if ranks.rank == 0:
+        causal_lm, number = model.causal_lm, len(model.trunk_layers)
+        plain, heads = {}, {}
+        for key, value in full.items():
+            key = key.removeprefix("causal_lm.")
+            found = re.fullmatch(rf"model\.layers\.{number}\.layers\.(\d+)\.(.+)", key)
+            if found and found[1] != "0":
+                heads[f"heads.{int(found[1]) + 1}.{found[2]}"] = value.contiguous()
+            else:
+                plain[f"model.layers.{number}.{found[2]}" if found else key] = value
+        if causal_lm.config.tie_word_embeddings:
+            plain.pop("lm_head.weight", None)
+        temporary = Path(folder).with_name(Path(folder).name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        causal_lm.save_pretrained(temporary, state_dict=plain)
+        tokenizer.save_pretrained(temporary)
+        if heads:
+            save_file(heads, temporary / HEADS_FILE, metadata={"format": "pt", "num_heads": str(len(model.heads.layers))})
+        temporary.rename(folder)
+    ranks.barrier()
+
+
+def active_heads(schedule, step, max_steps, num_heads):
+    """How many heads, 1..k, train in update `step` (0-based): the curricula of 2505.22757.
+
+    `constant`: all. `forward`: 1, 2, .. H in equal parts of the run. `reverse`: H, .. 2, 1, so it ends with head 1 alone.
+    """
+    part = min(num_heads - 1, step * num_heads // max_steps)
+    return {"constant": num_heads, "forward": 1 + part, "reverse": num_heads - part}[schedule]

@@ -1,0 +1,318 @@
+"""A run on disk and on screen: run directory, metrics, checkpoints and exact resume, tracker, progress, closing report."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+
+from common import IGNORE, UsageError, first_line
+
+# --------------------------------------------------------------------------------------------- run directory, checkpoints
+MAY_CHANGE = ("run_dir", "tracker", "device", "save_every", "keep_last")  # arguments that a resumed run may give anew
+
+
+def open_run(args, script, ranks):
+    """The run directory for these arguments, and whether the run in it is finished.
+
+    Raises:
+        UsageError: it cannot be written, or holds something else, or a run with other arguments.
+    """
+    fixed = {k: v for k, v in sorted(vars(args).items()) if k not in MAY_CHANGE}
+    digest = hashlib.sha256(json.dumps([script, fixed]).encode()).hexdigest()[:8]
+    run_dir = Path(args.run_dir or f"runs/{script}-s{args.seed}-{digest}")
+    if ranks.rank == 0:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            probe = run_dir / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UsageError(f"--run-dir {run_dir}: cannot be written ({error.strerror})") from None
+        if (run_dir / "args.json").exists():
+            there = json.loads((run_dir / "args.json").read_text())
+            before = {k: v for k, v in there["args"].items() if k not in MAY_CHANGE} | {"script": there["script"]}
+            now = fixed | {"script": script}
+            differ = [
+                f"{k} {before.get(k)} there, {now.get(k)} here" for k in sorted(before | now) if before.get(k) != now.get(k)
+            ]
+            if differ:
+                raise UsageError(f"--run-dir {run_dir}: holds a run with other arguments ({'; '.join(differ)})")
+        elif any(run_dir.iterdir()):
+            raise UsageError(f"--run-dir {run_dir}: not empty and no run of this project; name a new folder")
+    ranks.barrier()
+    return run_dir, (run_dir / "model").is_dir()
+
+
+def record_run(run_dir, args, script, data, ranks):
+    """Write `args.json` once: arguments, versions, commit, data; a resumed run must meet the same data."""
+    if ranks.rank == 0:
+        file = run_dir / "args.json"
+        if file.exists():
+            before = json.loads(file.read_text())["data_fingerprint"]
+            if before != data.fingerprint:
+                raise UsageError(
+                    f"--data {args.data}: not the data that {run_dir} was started on ({before} there, {data.fingerprint} here)"
+                )
+        else:
+            packages = ("torch", "transformers", "datasets", "numpy")
+            versions = {p: importlib.metadata.version(p) for p in packages} | {"python": sys.version.split()[0]}
+            record = dict(script=script, command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), args=vars(args),
+                          data_fingerprint=data.fingerprint, versions=versions, **commit())  # fmt: skip
+            write_whole(file, json.dumps(record, indent=1))
+    ranks.barrier()
+
+
+def commit():
+    """Commit of these sources and whether tracked files differ from it; None outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return dict(commit=None, dirty=None)
+    return dict(commit=commit, dirty=bool(dirty))
+
+
+def write_whole(file, text):
+    """Write a file so that it is never seen half written."""
+    temporary = Path(file).with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(file)
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one object a line. A resumed run cuts it back to what the checkpoint knew."""
+
+    def __init__(self, file, size, ranks):
+        self.file = None
+        if ranks.rank == 0:
+            self.file = open(file, "a+b")
+            self.file.truncate(size)
+
+    def write(self, step, metrics):
+        if self.file:
+            self.file.write(json.dumps({"step": step} | metrics).encode() + b"\n")
+            self.file.flush()
+
+    def size(self):
+        return self.file.seek(0, os.SEEK_END) if self.file else 0
+
+
+def make_optimizer(model, lr, weight_decay):
+    """AdamW with decay on matrices alone; its moments exist from the start, so that every checkpoint holds them all.
+
+    (torch.distributed.checkpoint drops parameters that never had a gradient, as late heads of a curriculum: pytorch #192202.)
+    """
+    parameters = list(model.parameters())
+    matrices, rest = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    for p in parameters:
+        step = torch.zeros((), dtype=torch.float32, device=p.device)
+        optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    return optimizer
+
+
+def _state(model, optimizer):
+    named = dict(model.named_parameters())
+    return {"model": {n: p.detach() for n, p in named.items()}, "optimizer": {n: optimizer.state[p] for n, p in named.items()}}
+
+
+def save_checkpoint(folder, step, model, optimizer, metrics_size, keep_last, ranks):
+    """Write `step_000100/` under another name, `meta.json` last, rename; then drop all but the last `keep_last` (0: none).
+
+    Learning rate, data position and random numbers are functions of (seed, step, rank): the step is all of their state.
+    """
+    final, temporary = folder / f"step_{step:06d}", folder / f"step_{step:06d}.tmp"
+    if ranks.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    ranks.barrier()
+    dcp.save(_state(model, optimizer), checkpoint_id=temporary, no_dist=ranks.world_size == 1)
+    if ranks.rank == 0:
+        write_whole(temporary / "meta.json", json.dumps(dict(step=step, metrics_size=metrics_size, world_size=ranks.world_size)))
+        temporary.rename(final)
+        for old in sorted(folder.glob("step_*[0-9]"))[: -keep_last or None] if keep_last else []:
+            shutil.rmtree(old)
+    ranks.barrier()
+
+
+def load_checkpoint(folder, model, optimizer, ranks):
+    """Read the last complete checkpoint in place; returns its step and size of the metrics file, or 0, 0 if there is none."""
+    complete = sorted(f.parent for f in folder.glob("step_*[0-9]/meta.json"))
+    if not complete:
+        return 0, 0
+    dcp.load(_state(model, optimizer), checkpoint_id=complete[-1], no_dist=ranks.world_size == 1)
+    meta = json.loads((complete[-1] / "meta.json").read_text())
+    ranks.say(f"resume    from {complete[-1]}")
+    return meta["step"], meta["metrics_size"]
+
+
+# ---------------------------------------------------------------------------------------------- tracking, progress, report
+class Tracker:
+    """MLflow (a SQLite file beside the run directories) or wandb. If it fails, training goes on and one line says so."""
+
+    def __init__(self, kind, run_dir, args, ranks):
+        self.kind, self.pending, self.sent = kind if ranks.rank == 0 else "none", [], time.time()
+        record = run_dir / "tracker.json"  # a resumed run goes on in the same record
+        known = json.loads(record.read_text()) if record.exists() else {}
+        tags = {"run": run_dir.name, "seed": str(args.seed)} | {k: str(v) for k, v in commit().items()}
+        with self.guarded():
+            if self.kind == "mlflow":
+                os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+                import mlflow
+
+                for noisy in ("alembic", "mlflow"):
+                    logging.getLogger(noisy).setLevel(logging.WARNING)
+                runs = run_dir.parent.resolve()
+                self.uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{runs}/mlflow.db")
+                self.client = mlflow.MlflowClient(self.uri)
+                experiment = self.client.get_experiment_by_name("wmtp")
+                number = (
+                    experiment.experiment_id
+                    if experiment
+                    else self.client.create_experiment("wmtp", f"{runs.as_uri()}/mlartifacts")
+                )
+                self.id = known.get("mlflow") or self.client.create_run(number, tags=tags, run_name=run_dir.name).info.run_id
+                if "mlflow" not in known:
+                    self.client.log_batch(self.id, params=[mlflow.entities.Param(k, str(v)[:500]) for k, v in vars(args).items()])
+            elif self.kind == "wandb":
+                import wandb
+
+                has_key = os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists()
+                mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+                self.id = known.get("wandb") or hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+                self.run = wandb.init(project="wmtp", name=run_dir.name, id=self.id, resume="allow", dir=str(run_dir), mode=mode,
+                                      config=vars(args), tags=[f"{k}:{v}"[:64] for k, v in tags.items()])  # fmt: skip
+            if self.kind != "none":
+                write_whole(record, json.dumps(known | {self.kind: self.id}))
+
+    @contextlib.contextmanager
+    def guarded(self):
+        try:
+            yield
+        except Exception as error:  # whatever a tracker or its server does, the run is worth more
+            print(f"tracker   {self.kind} failed and is off from here on: {first_line(error)}", file=sys.stderr, flush=True)
+            self.kind = "none"
+
+    def log(self, step, metrics):
+        """Keep the metrics of `step`; they go out every 10 s, as a write to SQLite for every step would slow small models."""
+        self.pending.append((step, int(time.time() * 1000), metrics))
+        if time.time() - self.sent > 10:
+            self.send()
+
+    def send(self):
+        pending, self.pending, self.sent = self.pending, [], time.time()
+        with self.guarded():
+            if self.kind == "mlflow":
+                from mlflow.entities import Metric
+
+                points = [Metric(k, v, stamp, step) for step, stamp, metrics in pending for k, v in metrics.items()]
+                for i in range(0, len(points), 1000):
+                    self.client.log_batch(self.id, metrics=points[i : i + 1000])
+            elif self.kind == "wandb":
+                for step, _, metrics in pending:
+                    self.run.log(metrics, step=step)
+
+    def finish(self, files):
+        """Send what is left and the run's small files; returns the command or address that shows the run, or None."""
+        self.send()
+        with self.guarded():
+            if self.kind == "mlflow":
+                for file in files:
+                    self.client.log_artifact(self.id, str(file))
+                self.client.set_terminated(self.id)
+                return f"mlflow ui --backend-store-uri {self.uri}"
+            if self.kind == "wandb":
+                for file in files:
+                    self.run.save(str(file), base_path=str(file.parent), policy="now")
+                folder, address = Path(self.run.dir).parent, self.run.url
+                self.run.finish()
+                return address or f"wandb sync {folder}"
+        return None
+
+
+class Progress:
+    """A bar with the time left on a terminal, about 50 plain lines elsewhere; on rank 0 alone."""
+
+    def __init__(self, start, total, ranks):
+        from tqdm import tqdm
+
+        self.silent, self.start, self.total, self.began = ranks.rank > 0, start, total, time.time()
+        self.bar = tqdm(
+            initial=start,
+            total=total,
+            unit="step",
+            dynamic_ncols=True,
+            leave=False,
+            disable=self.silent or not sys.stderr.isatty(),
+        )
+
+    def show(self, step, text):
+        """`step` updates are done; `text` says how it stands."""
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if self.bar.disable and not self.silent and (step % max(1, self.total // 50) == 0 or step == self.total):
+            left = int((time.time() - self.began) / (step - self.start) * (self.total - step))
+            print(f"step {step:>6}/{self.total} | {text} | eta {left // 60}m{left % 60:02d}s", flush=True)
+
+    def say(self, text):
+        if not self.silent:
+            self.bar.write(text, file=sys.stdout)
+
+
+@torch.no_grad()
+def evaluate_heldout(model, batches, data, num_heads, ranks):
+    """Loss (nats) and accuracy of each head over all its valid held-out targets, and bits per byte of head 1.
+
+    bits_per_byte = loss_head_1 / ln 2 * tokens / bytes, both counted over the held-out target text.
+    """
+    model.eval()
+    sums = torch.zeros(3, num_heads)
+    for batch in batches:
+        with ranks.autocast():
+            loss, correct = model(batch.x_BT, batch.targets_KBT, with_correct=True)
+        sums += torch.stack([v.sum((1, 2)).cpu() for v in (loss, correct, batch.targets_KBT != IGNORE)])
+    model.train()
+    loss, correct, count = ranks.gather(sums.to(ranks.device)).sum(0).tolist()
+    metrics = {f"eval/loss_head_{k + 1}": loss[k] / max(1, count[k]) for k in range(num_heads)}
+    metrics |= {f"eval/acc_head_{k + 1}": correct[k] / max(1, count[k]) for k in range(num_heads)}
+    bits = metrics["eval/loss_head_1"] / math.log(2) * data.heldout_tokens / data.heldout_bytes
+    return metrics | {"eval/bits_per_byte": bits}
+
+
+def report(run_dir, data, metrics, num_heads, tracker_command, next_command, ranks):
+    """What a run ends with: the held-out figures beside the yardsticks, a completion, where things lie, what to type next."""
+    if ranks.rank > 0:
+        return
+    print("\nheld-out  head   loss (nats)  accuracy")
+    for k in range(1, num_heads + 1):
+        print(f"          {k:>4} {metrics[f'eval/loss_head_{k}']:>13.4f} {metrics[f'eval/acc_head_{k}']:>9.3f}")
+    print(f"\nbits per byte on the same {data.heldout_bytes:,} held-out bytes")
+    rows = [("this model, head 1", metrics["eval/bits_per_byte"]), ("zlib level 9", data.zlib_bits_per_byte)]
+    for name, bits in [*rows, ("order-0 entropy", data.order0_bits_per_byte)]:
+        print(f"          {name:<18} {bits:>8.3f}")
+    model = transformers.AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run_dir / "model")
+    prompt = tokenizer(data.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    text = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=160, do_sample=False)
+    print("\na held-out beginning | and how the model goes on (greedy, plain transformers from model/)")
+    shown = data.prompt[-240:].lstrip("\n") + "|" + tokenizer.decode(text[0, prompt.shape[1] :], skip_special_tokens=True)
+    print("\n".join("    " + line for line in shown.splitlines()))
+    print(f"\nwritten   {run_dir}/  args.json  metrics.jsonl  checkpoints/  model/")
+    if tracker_command:
+        print(f"look      {tracker_command}")
+    print(f"next      {next_command}", flush=True)
