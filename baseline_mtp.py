@@ -167,11 +167,10 @@ def main(args):
     torch.manual_seed(args.seed)
     model, tokenizer = build_model(args.model, args.num_heads, args.seq_len, args.recompute)
     data = load_data(args.data, tokenizer, args.seq_len, args.seed, args.noise_frac, ranks)
-    record_run(run_dir, args, script, data, ranks)
     if len(data.train) < args.batch_size:
-        raise UsageError(
-            f"--batch-size {args.batch_size}: --data {args.data} has {len(data.train)} rows of {args.seq_len} tokens"
-        )
+        held = f"{len(data.train)} rows of --seq-len {args.seq_len} tokens"
+        raise UsageError(f"--batch-size {args.batch_size}: --data {args.data} has {held} for training, fewer than one batch")
+    record_run(run_dir, args, script, data, ranks)
     parameters = sum(p.numel() for p in model.parameters())
     model = shard(model.to(ranks.device), ranks)
     if args.compile:
@@ -181,9 +180,7 @@ def main(args):
     ranks.say(f"model     {args.model}, {parameters / 1e6:.2f} M parameters, {args.num_heads} head(s)")
     ranks.say(f"data      {args.data}, {len(data.train):,} rows of {args.seq_len} tokens, {len(data.heldout):,} held out")
     ranks.say(f"batch     {args.batch_size} rows = {ranks.world_size} rank(s) x {micro_batch_size} x {accumulation} accumulation")
-    ranks.say(
-        f"run       {args.max_steps:,} updates, {args.max_steps * args.batch_size / len(data.train):.2f} epochs, {run_dir}/"
-    )
+    ranks.say(f"run       {args.max_steps:,} updates, {args.max_steps * args.batch_size / len(data.train):.2f} epochs")
 
     # Resume: a killed run goes on where its last checkpoint was taken, and ends as if it had never stopped
     checkpoints = Path(args.checkpoint_dir or run_dir / "checkpoints")
@@ -227,9 +224,8 @@ def main(args):
             objective = (weight_KBT * loss_KBT).sum() / num_valid
             objective.backward()
             weights = weight_KBT[0] * (batch.targets_KBT[0] != IGNORE)
-            sums.append(
-                torch.stack([objective, weights.sum(), weights.square().sum(), weights.max(), *loss_KBT.sum((1, 2))]).detach()
-            )
+            figures = [objective, weights.sum(), weights.square().sum(), weights.max(), *loss_KBT.sum((1, 2))]
+            sums.append(torch.stack(figures).detach())
         grad_norm = clip_gradients(model, args.grad_clip)
 
         # Figures of the update, exact over all ranks and micro-steps; what is not finite never reaches the weights
@@ -252,23 +248,14 @@ def main(args):
         metrics_file.write(step + 1, metrics)
         tracker.log(step + 1, metrics)
         heads = " ".join(f"{loss:.3f}" for loss in loss_K)
-        figures = (
-            f"loss {objective:.4f} | heads {heads} | ess {ess_frac:.2f} | gnorm {grad_norm:.2f} | {tokens / seconds:,.0f} tok/s"
-        )
-        progress.show(step + 1, figures)
+        figures = f"loss {objective:.4f} | heads {heads} | ess {ess_frac:.2f} | gnorm {grad_norm:.2f}"
+        progress.show(step + 1, f"{figures} | {tokens / seconds:,.0f} tok/s")
 
     # End: the model as others read it, then what was reached and where it lies
     save_model(model, tokenizer, run_dir / "model", ranks)
     shown_by = tracker.finish([run_dir / "args.json", run_dir / "metrics.jsonl"])
-    report(
-        run_dir,
-        data,
-        heldout,
-        args.num_heads,
-        shown_by,
-        f"python {script}.py --num-heads 1   (the control: plain next-token training)",
-        ranks,
-    )
+    control = f"python {script}.py --num-heads 1   (plain next-token training: what the other heads cost and bring)"
+    report(run_dir, data, heldout, args.num_heads, shown_by, control, ranks)
 
 
 if __name__ == "__main__":

@@ -34,13 +34,9 @@ def open_run(args, script, ranks):
     digest = hashlib.sha256(json.dumps([script, fixed]).encode()).hexdigest()[:8]
     run_dir = Path(args.run_dir or f"runs/{script}-s{args.seed}-{digest}")
     if ranks.rank == 0:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            probe = run_dir / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UsageError(f"--run-dir {run_dir}: cannot be written ({error.strerror})") from None
+        nearest = next(p for p in (run_dir.absolute(), *run_dir.absolute().parents) if p.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise UsageError(f"--run-dir {run_dir}: cannot be written ({nearest} is no folder that this user may write)")
         if (run_dir / "args.json").exists():
             there = json.loads((run_dir / "args.json").read_text())
             before = {k: v for k, v in there["args"].items() if k not in MAY_CHANGE} | {"script": there["script"]}
@@ -50,7 +46,7 @@ def open_run(args, script, ranks):
             ]
             if differ:
                 raise UsageError(f"--run-dir {run_dir}: holds a run with other arguments ({'; '.join(differ)})")
-        elif any(run_dir.iterdir()):
+        elif run_dir.exists() and any(run_dir.iterdir()):
             raise UsageError(f"--run-dir {run_dir}: not empty and no run of this project; name a new folder")
     ranks.barrier()
     return run_dir, (run_dir / "model").is_dir()
@@ -69,6 +65,10 @@ def record_run(run_dir, args, script, data, ranks):
         else:
             packages = ("torch", "transformers", "datasets", "numpy")
             versions = {p: importlib.metadata.version(p) for p in packages} | {"python": sys.version.split()[0]}
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(f"--run-dir {run_dir}: cannot be written ({error.strerror})") from None
             record = dict(script=script, command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), args=vars(args),
                           data_fingerprint=data.fingerprint, versions=versions, **commit())  # fmt: skip
             write_whole(file, json.dumps(record, indent=1))
