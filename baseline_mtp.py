@@ -20,10 +20,11 @@ Deviations from the paper:
   2. From a pretrained model, heads 2..H are added as copies of the last layer; nothing is taken away (table S6).
   3. Targets do not cross the end of a document.
 
-Laptop:      python baseline_mtp.py
-One GPU:     python baseline_mtp.py --model Qwen/Qwen2.5-0.5B --data my.jsonl --seq-len 1024 --batch-size 32 --lr 1e-5
-Eight GPUs:  torchrun --nproc-per-node 8 baseline_mtp.py --model Qwen/Qwen2.5-0.5B --data my.jsonl --batch-size 256 ...
-Results:     README.md
+Commands:
+  laptop      python baseline_mtp.py
+  one GPU     python baseline_mtp.py --model Qwen/Qwen2.5-0.5B --data my.jsonl --seq-len 1024 --batch-size 32 --lr 1e-5
+  eight GPUs  torchrun --nproc-per-node 8 baseline_mtp.py --model Qwen/Qwen2.5-7B --data my.jsonl --batch-size 256
+Results: README.md
 """
 
 import math
@@ -255,7 +256,7 @@ def main(args):
     save_model(model, tokenizer, run_dir / "model", ranks)
     shown_by = tracker.finish([run_dir / "args.json", run_dir / "metrics.jsonl"])
     control = f"python {script}.py --num-heads 1   (plain next-token training: what the other heads cost and bring)"
-    report(run_dir, data, heldout, args.num_heads, shown_by, control, ranks)
+    report(run_dir, args, data, heldout, shown_by, control, ranks)
 
 
 if __name__ == "__main__":

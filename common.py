@@ -36,7 +36,7 @@ IGNORE = -100  # a target that is no target: prompt, padding, past the end of th
 HEADS_FILE = "mtp_heads.safetensors"
 
 
-class UsageError(ValueError):
+class UsageError(Exception):
     """What a user can mend: one line that names the value, the limit and the flag. The entry point exits with 2."""
 
 
@@ -73,9 +73,9 @@ class Ranks:
         """The tensor of every rank, `[world_size, ...]`."""
         if self.world_size == 1:
             return values[None]
-        everyone = values.new_empty(self.world_size, *values.shape)
-        dist.all_gather_into_tensor(everyone, values.contiguous())
-        return everyone
+        everyone = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(everyone, values.contiguous())
+        return torch.stack(everyone)
 
     def barrier(self):
         if self.world_size > 1:
@@ -233,7 +233,7 @@ class MTPModel(nn.Module):
         parts = [
             run(h, weight, t, self.softcap, with_correct) for h, t in zip(hidden.split(self.chunk), targets.split(self.chunk))
         ]
-        loss, correct = (torch.cat(part).view_as(targets_KBT) for part in zip(*parts))
+        loss, correct = (torch.cat(part).view_as(targets_KBT).clone() for part in zip(*parts))  # FSDP2 wants no view
         return (loss, correct) if with_correct else loss
 
 
@@ -288,7 +288,7 @@ def build_model(name, num_heads, seq_len=None, recompute="none"):
         raise UsageError(f"--seq-len {seq_len}: --model {name} has positions for {longest} tokens at most")
     model.heads.recompute = recompute == "heads"
     if recompute == "all":
-        model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        model.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
     return model, tokenizer
 
 
@@ -346,8 +346,6 @@ def load_mtp(name, num_heads=None, add_heads=False):
         with _refusing(config):
             causal_lm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
         raise UsageError(f"--model {name}: not a preset (tiny), nor a model that can be read ({first_line(error)})") from None
     file, states = Path(folder) / HEADS_FILE, []
     if file.exists():

@@ -119,7 +119,7 @@ def _read_documents(name):
             builder = builders.get(suffixes[-1] if suffixes else "", "text")
             options = {"sample_by": "document"} if builder == "text" else {}
             loaded = datasets.load_dataset(builder, data_files=name, split="train", **options)
-        elif path.is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        elif path.is_dir() or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in (*builders, ".txt", ".gz")):
             loaded = datasets.load_dataset(name, split="train")
         else:
             raise UsageError(f"--data {name}: no such file, nor a preset ({', '.join(PRESETS)}), nor a hub name (owner/name)")
@@ -134,7 +134,8 @@ def _read_documents(name):
         return loaded.select_columns(["prompt", "completion"]).filter(lambda r: bool(r["completion"])), None
     for column in ("text", "content"):
         if column in columns:
-            return loaded.select_columns([column]).rename_column(column, "text").filter(lambda r: bool(r["text"])), None
+            chosen = loaded.select_columns([column]).filter(lambda r: bool(r[column]))  # noqa: B023
+            return (chosen if column == "text" else chosen.rename_column(column, "text")), None
     raise UsageError(f"--data {name}: has the columns {', '.join(sorted(columns))}; needs text, or prompt and completion")
 
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -141,9 +142,12 @@ def save_checkpoint(folder, step, model, optimizer, metrics_size, keep_last, ran
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     ranks.barrier()
-    dcp.save(_state(model, optimizer), checkpoint_id=temporary, no_dist=ranks.world_size == 1)
+    with warnings.catch_warnings():  # that one process saves for itself is what is meant
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.save(_state(model, optimizer), checkpoint_id=temporary, no_dist=ranks.world_size == 1)
     if ranks.rank == 0:
         write_whole(temporary / "meta.json", json.dumps(dict(step=step, metrics_size=metrics_size, world_size=ranks.world_size)))
+        shutil.rmtree(final, ignore_errors=True)  # one that lost its marker
         temporary.rename(final)
         for old in sorted(folder.glob("step_*[0-9]"))[: -keep_last or None] if keep_last else []:
             shutil.rmtree(old)
@@ -155,7 +159,9 @@ def load_checkpoint(folder, model, optimizer, ranks):
     complete = sorted(f.parent for f in folder.glob("step_*[0-9]/meta.json"))
     if not complete:
         return 0, 0
-    dcp.load(_state(model, optimizer), checkpoint_id=complete[-1], no_dist=ranks.world_size == 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.load(_state(model, optimizer), checkpoint_id=complete[-1], no_dist=ranks.world_size == 1)
     meta = json.loads((complete[-1] / "meta.json").read_text())
     ranks.say(f"resume    from {complete[-1]}")
     return meta["step"], meta["metrics_size"]
@@ -294,12 +300,12 @@ def evaluate_heldout(model, batches, data, num_heads, ranks):
     return metrics | {"eval/bits_per_byte": bits}
 
 
-def report(run_dir, data, metrics, num_heads, tracker_command, next_command, ranks):
+def report(run_dir, args, data, metrics, shown_by, next_command, ranks):
     """What a run ends with: the held-out figures beside the yardsticks, a completion, where things lie, what to type next."""
     if ranks.rank > 0:
         return
     print("\nheld-out  head   loss (nats)  accuracy")
-    for k in range(1, num_heads + 1):
+    for k in range(1, args.num_heads + 1):
         print(f"          {k:>4} {metrics[f'eval/loss_head_{k}']:>13.4f} {metrics[f'eval/acc_head_{k}']:>9.3f}")
     print(f"\nbits per byte on the same {data.heldout_bytes:,} held-out bytes")
     rows = [("this model, head 1", metrics["eval/bits_per_byte"]), ("zlib level 9", data.zlib_bits_per_byte)]
@@ -308,11 +314,14 @@ def report(run_dir, data, metrics, num_heads, tracker_command, next_command, ran
     model = transformers.AutoModelForCausalLM.from_pretrained(run_dir / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(run_dir / "model")
     prompt = tokenizer(data.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    text = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=160, do_sample=False)
+    prompt = prompt[:, -max(1, args.seq_len // 2) :]  # prompt and completion together fill what the model was trained on
+    options = dict(max_new_tokens=args.seq_len - prompt.shape[1], do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    text = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
     print("\na held-out beginning | and how the model goes on (greedy, plain transformers from model/)")
-    shown = data.prompt[-240:].lstrip("\n") + "|" + tokenizer.decode(text[0, prompt.shape[1] :], skip_special_tokens=True)
+    added = tokenizer.decode(text[0, prompt.shape[1] :], skip_special_tokens=True)
+    shown = tokenizer.decode(prompt[0]).lstrip("\n") + "|" + added
     print("\n".join("    " + line for line in shown.splitlines()))
     print(f"\nwritten   {run_dir}/  args.json  metrics.jsonl  checkpoints/  model/")
-    if tracker_command:
-        print(f"look      {tracker_command}")
+    if shown_by:
+        print(f"look      {shown_by}")
     print(f"next      {next_command}", flush=True)
