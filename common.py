@@ -204,7 +204,7 @@ class MTPModel(nn.Module):
         layers[-1] = Heads([layers[-1], *extra_heads])
         self.causal_lm = causal_lm
         self.softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
-        self.chunk = 256
+        self.chunk = max(128, 2**22 // causal_lm.lm_head.weight.shape[0])  # tokens whose logits exist at once: 16 MB
 
     @property
     def heads(self):
@@ -229,20 +229,60 @@ class MTPModel(nn.Module):
         """
         hidden = self.hidden(x_BT, targets_KBT.shape[0]).flatten(0, -2)
         weight, targets = self.causal_lm.lm_head.weight, targets_KBT.flatten()
-        run = functools.partial(checkpoint, _token_losses, use_reentrant=False, preserve_rng_state=False)
-        parts = [
-            run(h, weight, t, self.softcap, with_correct) for h, t in zip(hidden.split(self.chunk), targets.split(self.chunk))
-        ]
-        loss, correct = (torch.cat(part).view_as(targets_KBT).clone() for part in zip(*parts))  # FSDP2 wants no view
+        if torch.is_autocast_enabled(hidden.device.type):
+            half = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(half), weight.to(half)
+        loss, correct = TokenLosses.apply(hidden, weight, targets, self.softcap, self.chunk, with_correct)
+        loss, correct = (v.unflatten(0, targets_KBT.shape).clone() for v in (loss, correct))  # FSDP2 wants no views out
         return (loss, correct) if with_correct else loss
 
 
-def _token_losses(hidden_ND, weight_VD, targets_N, softcap, with_correct):
-    logits = F.linear(hidden_ND, weight_VD).float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    loss = F.cross_entropy(logits, targets_N, ignore_index=IGNORE, reduction="none")
-    return loss, (logits.argmax(-1) == targets_N if with_correct else loss)
+class TokenLosses(torch.autograd.Function):
+    """Cross entropy of every token through a shared unembedding, logits for `chunk` tokens at a time, in both directions.
+
+    Unreduced, as weights may depend on the losses; so the backward makes the logits again (four products where a loss
+    reduced beforehand costs three). Sums and losses are fp32 whatever the type of the products. Soft-capping, gradients of
+    a bf16 unembedding summed in fp32, and torch before 2.12 are what `torch.nn.functional.linear_cross_entropy` lacks.
+    """
+
+    @staticmethod
+    def logits(hidden_ND, weight_VD, softcap):
+        logits = F.linear(hidden_ND, weight_VD).float()
+        return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, targets_N, softcap, chunk, with_correct):
+        ctx.softcap, ctx.chunk = softcap, chunk
+        totals, losses, corrects = [], [], []
+        for hidden, targets in zip(hidden_ND.split(chunk), targets_N.split(chunk)):
+            logits = TokenLosses.logits(hidden, weight_VD, softcap)
+            totals.append(logits.logsumexp(-1))
+            chosen = logits.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+            losses.append((totals[-1] - chosen).masked_fill_(targets == IGNORE, 0.0))
+            corrects.append(logits.argmax(-1) == targets if with_correct else targets == IGNORE)
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, torch.cat(totals))
+        correct = torch.cat(corrects)
+        ctx.mark_non_differentiable(correct)
+        return torch.cat(losses), correct
+
+    @staticmethod
+    def backward(ctx, grad_N, _):
+        hidden_ND, weight_VD, targets_N, total_N = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD, dtype=torch.float32)
+        grad_N = grad_N.masked_fill(targets_N == IGNORE, 0.0)
+        for start in range(0, len(targets_N), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            hidden, grad, target = hidden_ND[part], grad_N[part, None], targets_N[part, None].clamp(min=0)
+            logits = TokenLosses.logits(hidden, weight_VD, ctx.softcap)
+            slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2  # of the soft-capping
+            error = logits.sub_(total_N[part, None]).exp_().mul_(grad).scatter_add_(-1, target, -grad)  # softmax - one-hot
+            error = (error if slope is None else error.mul_(slope)).to(weight_VD.dtype)
+            torch.mm(error, weight_VD, out=grad_hidden[part])
+            if grad_weight.dtype == error.dtype:
+                grad_weight.addmm_(error.t(), hidden)
+            else:
+                grad_weight += error.t() @ hidden
+        return grad_hidden, grad_weight.to(weight_VD.dtype), None, None, None, None
 
 
 TINY = dict(  # sizes measured to learn most in five minutes on 2 CPU cores; the table is in README

@@ -65,10 +65,16 @@ def load_data(name, tokenizer, seq_len, seed, noise_frac, ranks):
         raise UsageError(f"--seq-len {seq_len}: at least 2")
     if ranks.rank > 0:
         ranks.barrier()  # rank 0 fills the cache first
-    documents, train_numbers, heldout_numbers = _split(*_read_documents(name), seed)
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    documents, train_numbers, heldout_numbers = _split(*_read_documents(name), seed, name)
+    vocabulary = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id, tokenizer.pad_token_id]
+    if tokenizer.is_fast:  # merges, normaliser and template too: they make other tokens of the same vocabulary
+        pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
+        vocabulary.append({k: v for k, v in pipeline.items() if k not in ("truncation", "padding")})
+    vocabulary = json.dumps(vocabulary, sort_keys=True)
     parts, digests = {}, []
     for part, numbers, noise in (("train", train_numbers, noise_frac), ("heldout", heldout_numbers, 0.0)):
+        if len(numbers) == 0:
+            raise UsageError(f"--data {name}: no document left for the {part} part")
         chosen = documents.select(numbers)
         digest = hashlib.sha256(f"1 {vocabulary} {seq_len} {noise} {seed if noise else 0}".encode())
         for batch in chosen.iter(1000):
@@ -95,6 +101,8 @@ def load_data(name, tokenizer, seq_len, seed, noise_frac, ranks):
     if ranks.rank == 0:
         ranks.barrier()
     heldout = documents.select(heldout_numbers)
+    if "prompt" in documents.column_names:  # records that were left out are not measured
+        heldout = heldout.select(np.unique(np.array(parts["heldout"]["document"]).max(1)))
     return Data(
         **parts,
         fingerprint=hashlib.sha256("".join(digests).encode()).hexdigest()[:16],
@@ -119,6 +127,8 @@ def _read_documents(name):
             builder = builders.get(suffixes[-1] if suffixes else "", "text")
             options = {"sample_by": "document"} if builder == "text" else {}
             loaded = datasets.load_dataset(builder, data_files=name, split="train", **options)
+        elif path.is_dir() and any(path.rglob("*.txt")):  # else each line of them would be a document
+            loaded = datasets.load_dataset("text", data_dir=name, split="train", sample_by="document")
         elif path.is_dir() or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in (*builders, ".txt", ".gz")):
             loaded = datasets.load_dataset(name, split="train")
         else:
@@ -128,6 +138,9 @@ def _read_documents(name):
     except Exception as error:  # what datasets raises has no common class: one line, whatever it was
         raise UsageError(f"--data {name}: cannot be loaded ({type(error).__name__}: {first_line(error)})") from error
     columns = set(loaded.column_names)
+    for column in {"text", "content", "prompt", "completion"} & columns:
+        if loaded.features[column].dtype not in ("string", "large_string") or (column == "prompt" and None in loaded[column]):
+            raise UsageError(f"--data {name}: the column {column} holds something else than text")
     if {"task_id", "text", "code", "test_list"} <= columns:
         return loaded.map(_mbpp_record, remove_columns=loaded.column_names), loaded["task_id"]
     if {"prompt", "completion"} <= columns:
@@ -166,12 +179,12 @@ def _mbpp_record(record):
         f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
     )
     return {
-        "prompt": prompt.replace("\r\n", "\n"),
-        "completion": record["code"].replace("\r\n", "\n").strip("\n") + "\n",
+        "prompt": re.sub("\r\n?", "\n", prompt),
+        "completion": re.sub("\r\n?", "\n", record["code"]).strip("\n") + "\n",
     }
 
 
-def _split(documents, task_ids, seed):
+def _split(documents, task_ids, seed, name):
     """Documents and the numbers of those to train on and of those held out."""
     import pyarrow.compute as pc
 
@@ -185,7 +198,7 @@ def _split(documents, task_ids, seed):
         if len(documents) == 2:
             return documents, np.array([0]), np.array([1])
     if len(documents) < 2:
-        raise UsageError(f"--data: {len(documents)} document(s) with text; training and held-out part need one each")
+        raise UsageError(f"--data {name}: {len(documents)} document(s) with text; training and held-out part need one each")
     texts = documents.flatten_indices().data.column(documents.column_names[-1])
     lengths = pc.binary_length(texts).to_numpy()
     budget = min(4_000_000, 0.03 * lengths.sum())
@@ -227,6 +240,7 @@ def _packed_rows(documents, tokenizer, seq_len, noise_frac, seed):
             tokens_4N = np.stack([ids, np.full_like(ids, number), np.ones_like(ids), noise]).astype(np.int32)
             if prompts is not None:
                 prompt = prompts[i][0]
+                prompt = prompt[: len(prompt) - (len(prompt) > 0 and prompt[-1] == eos)]  # some templates end a prompt
                 prompt_4N = np.stack([prompt, np.full_like(prompt, number), *np.zeros((2, len(prompt)))]).astype(np.int32)
                 tokens_4N = padded(np.concatenate([prompt_4N, tokens_4N], 1))
             if prompts is None or tokens_4N.shape[1] == seq_len:
@@ -263,12 +277,15 @@ def _encode(tokenizer, texts, special_tokens, marks):
     noisy = any(m is not None for m in marks)
     if noisy and not tokenizer.is_fast:
         raise UsageError("--noise-frac: needs a tokenizer that tells where its tokens lie (a fast one), or --model tiny")
-    encoded, result = tokenizer(texts, add_special_tokens=special_tokens, return_offsets_mapping=noisy), []
+    encoded, result = tokenizer(texts, add_special_tokens=special_tokens), []
+    if noisy:  # GPT-2's and Llama 3's own offsets leave out the spaces of a token
+        whole = tokenizer.backend_tokenizer.to_str().replace('"trim_offsets":true', '"trim_offsets":false')
+        offsets = type(tokenizer.backend_tokenizer).from_str(whole).encode_batch(texts, add_special_tokens=special_tokens)
     for i, ids in enumerate(encoded["input_ids"]):
         noise = np.zeros(len(ids), np.int32)
         if marks[i] is not None:
             before = np.append(0, np.cumsum(marks[i]))  # noisy characters before each position
-            starts, ends = np.array(encoded["offset_mapping"][i], int).reshape(-1, 2).T
+            starts, ends = np.array(offsets[i].offsets, int).reshape(-1, 2).T
             noise = (before[ends] > before[starts]).astype(np.int32)
         result.append((np.array(ids, np.int32), noise))
     return result
