@@ -100,7 +100,7 @@ class Args:
     lr: float = 3e-3
     """Peak learning rate of AdamW."""
     warmup_steps: int = 40
-    """Updates of linear warm-up; a cosine to a tenth of the peak follows."""
+    """Updates of linear warm-up; a cosine to zero follows."""
     max_steps: int = 2000
     """Updates in all."""
     weight_decay: float = 0.1
@@ -147,11 +147,11 @@ def weights_of_targets(weight_BT, num_heads):
 
 
 def learning_rate(step, args):
-    """Linear warm-up to the peak, then a cosine to a tenth of it; `step` counts updates from 0."""
+    """Linear warm-up to the peak, then a cosine to zero; `step` counts updates from 0."""
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
     part = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
-    return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * part)))
+    return args.lr * 0.5 * (1 + math.cos(math.pi * part))
 
 
 # ------------------------------------------------------------------------------------------------------------------ main
@@ -251,12 +251,14 @@ def main(args):
         heads = " ".join(f"{loss:.3f}" for loss in loss_K)
         figures = f"loss {objective:.4f} | heads {heads} | ess {ess_frac:.2f} | gnorm {grad_norm:.2f}"
         progress.show(step + 1, f"{figures} | {tokens / seconds:,.0f} tok/s")
+    progress.bar.close()
 
     # End: the model as others read it, then what was reached and where it lies
     save_model(model, tokenizer, run_dir / "model", ranks)
     shown_by = tracker.finish([run_dir / "args.json", run_dir / "metrics.jsonl"])
     control = f"python {script}.py --num-heads 1   (plain next-token training: what the other heads cost and bring)"
     report(run_dir, args, data, heldout, shown_by, control, ranks)
+    ranks.barrier()  # no rank leaves while another is at work
 
 
 if __name__ == "__main__":

@@ -149,14 +149,18 @@ def save_checkpoint(folder, step, model, optimizer, metrics_size, keep_last, ran
         write_whole(temporary / "meta.json", json.dumps(dict(step=step, metrics_size=metrics_size, world_size=ranks.world_size)))
         shutil.rmtree(final, ignore_errors=True)  # one that lost its marker
         temporary.rename(final)
-        for old in sorted(folder.glob("step_*[0-9]"))[: -keep_last or None] if keep_last else []:
+        for old in _by_step(folder.glob("step_*[0-9]"))[:-keep_last] if keep_last else []:
             shutil.rmtree(old)
     ranks.barrier()
 
 
+def _by_step(folders):
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step_")))
+
+
 def load_checkpoint(folder, model, optimizer, ranks):
     """Read the last complete checkpoint in place; returns its step and size of the metrics file, or 0, 0 if there is none."""
-    complete = sorted(f.parent for f in folder.glob("step_*[0-9]/meta.json"))
+    complete = _by_step(f.parent for f in folder.glob("step_*[0-9]/meta.json"))
     if not complete:
         return 0, 0
     with warnings.catch_warnings():
@@ -178,7 +182,10 @@ class Tracker:
         tags = {"run": run_dir.name, "seed": str(args.seed)} | {k: str(v) for k, v in commit().items()}
         with self.guarded():
             if self.kind == "mlflow":
-                os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+                quick = dict(
+                    MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_HTTP_REQUEST_MAX_RETRIES="2", MLFLOW_HTTP_REQUEST_TIMEOUT="20"
+                )
+                os.environ.update({k: v for k, v in quick.items() if k not in os.environ})
                 import mlflow
 
                 for noisy in ("alembic", "mlflow"):
@@ -186,12 +193,9 @@ class Tracker:
                 runs = run_dir.parent.resolve()
                 self.uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{runs}/mlflow.db")
                 self.client = mlflow.MlflowClient(self.uri)
-                experiment = self.client.get_experiment_by_name("wmtp")
-                number = (
-                    experiment.experiment_id
-                    if experiment
-                    else self.client.create_experiment("wmtp", f"{runs.as_uri()}/mlartifacts")
-                )
+                found = self.client.get_experiment_by_name("wmtp")
+                place = f"{runs.as_uri()}/mlartifacts"
+                number = found.experiment_id if found else self.client.create_experiment("wmtp", place)
                 self.id = known.get("mlflow") or self.client.create_run(number, tags=tags, run_name=run_dir.name).info.run_id
                 if "mlflow" not in known:
                     self.client.log_batch(self.id, params=[mlflow.entities.Param(k, str(v)[:500]) for k, v in vars(args).items()])
@@ -258,14 +262,8 @@ class Progress:
         from tqdm import tqdm
 
         self.silent, self.start, self.total, self.began = ranks.rank > 0, start, total, time.time()
-        self.bar = tqdm(
-            initial=start,
-            total=total,
-            unit="step",
-            dynamic_ncols=True,
-            leave=False,
-            disable=self.silent or not sys.stderr.isatty(),
-        )
+        hidden = self.silent or not sys.stderr.isatty()
+        self.bar = tqdm(initial=start, total=total, unit="step", dynamic_ncols=True, leave=False, disable=hidden)
 
     def show(self, step, text):
         """`step` updates are done; `text` says how it stands."""
@@ -287,13 +285,13 @@ def evaluate_heldout(model, batches, data, num_heads, ranks):
     bits_per_byte = loss_head_1 / ln 2 * tokens / bytes, both counted over the held-out target text.
     """
     model.eval()
-    sums = torch.zeros(3, num_heads)
+    sums = torch.zeros(3, num_heads, dtype=torch.float64)
     for batch in batches:
         with ranks.autocast():
             loss, correct = model(batch.x_BT, batch.targets_KBT, with_correct=True)
-        sums += torch.stack([v.sum((1, 2)).cpu() for v in (loss, correct, batch.targets_KBT != IGNORE)])
+        sums += torch.stack([v.sum((1, 2)).cpu().double() for v in (loss, correct, batch.targets_KBT != IGNORE)])
     model.train()
-    loss, correct, count = ranks.gather(sums.to(ranks.device)).sum(0).tolist()
+    loss, correct, count = ranks.gather(sums).sum(0).tolist()
     metrics = {f"eval/loss_head_{k + 1}": loss[k] / max(1, count[k]) for k in range(num_heads)}
     metrics |= {f"eval/acc_head_{k + 1}": correct[k] / max(1, count[k]) for k in range(num_heads)}
     bits = metrics["eval/loss_head_1"] / math.log(2) * data.heldout_tokens / data.heldout_bytes

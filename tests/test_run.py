@@ -174,7 +174,7 @@ def test_one_head_is_plain_next_token_training(material, monkeypatch, tmp_path):
     tokens = data.load_data(str(material / "text.jsonl"), common.load_tokenizer(None), 32, 0, 0.0, common.Ranks())
     losses = []
     for step in range(10):
-        warm = (step + 1) / 2 if step < 2 else 0.1 + 0.45 * (1 + np.cos(np.pi * (step - 2) / 8))
+        warm = (step + 1) / 2 if step < 2 else 0.5 * (1 + np.cos(np.pi * (step - 2) / 8))
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * warm
         rows = tokens.train[data.batch_rows(len(tokens.train), 8, 0, step)]
