@@ -23,7 +23,7 @@ Deviations from the paper:
 Commands:
   laptop      python baseline_mtp.py
   one GPU     python baseline_mtp.py --model Qwen/Qwen2.5-0.5B --data my.jsonl --seq-len 1024 --batch-size 32 --lr 1e-5
-  eight GPUs  torchrun --nproc-per-node 8 baseline_mtp.py --model Qwen/Qwen2.5-7B --data my.jsonl --batch-size 256
+  eight GPUs  torchrun --nproc-per-node 8 baseline_mtp.py --model Qwen/Qwen2.5-7B --data my.jsonl --lr 1e-5 --batch-size 256 ...
 Results: README.md
 """
 
@@ -35,31 +35,11 @@ from typing import Literal
 
 import torch
 
-from common import (
-    IGNORE,
-    UsageError,
-    active_heads,
-    build_model,
-    clip_gradients,
-    run_script,
-    save_model,
-    set_gradient_sync,
-    setup_ranks,
-    shard,
-)  # fmt: skip
+from common import IGNORE, UsageError, active_heads, build_model, clip_gradients, run_script, save_model
+from common import set_gradient_sync, setup_ranks, shard
 from data import batch_sizes, heldout_batches, load_data, micro_batches
-from runs import (
-    MetricsFile,
-    Progress,
-    Tracker,
-    evaluate_heldout,
-    load_checkpoint,
-    make_optimizer,
-    open_run,
-    record_run,
-    report,
-    save_checkpoint,
-)  # fmt: skip
+from runs import MetricsFile, Progress, Tracker, command_line, evaluate_heldout, load_checkpoint, make_optimizer, open_run
+from runs import record_run, report, save_checkpoint
 
 # Shapes: B sequences, T positions, K heads. weight_BT holds a weight for every token of x_BT.
 
@@ -122,14 +102,15 @@ class Args:
     keep_last: int = 2
     """Checkpoints to keep; 0: all."""
     checkpoint_dir: str = ""
-    """Folder of the checkpoints; empty: checkpoints/ in the run folder."""
+    """Folder for checkpoints, in a subfolder named as the run's; empty: checkpoints/ in the run folder."""
 
     # Algorithm specific arguments: none
 
     def __post_init__(self):
-        for name in ("max_steps", "save_every", "eval_every", "keep_last", "warmup_steps"):
-            if getattr(self, name) < (name == "max_steps"):
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {int(name == 'max_steps')}")
+        at_least_0 = ("seed", "lr", "weight_decay", "grad_clip", "warmup_steps", "eval_every", "save_every", "keep_last")
+        for name, least in (dict.fromkeys(at_least_0, 0) | {"max_steps": 1}).items():
+            if not least <= getattr(self, name) < 2**63:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {least}")
 
 
 # ------------------------------------------------------------------------------------------------------------- algorithm
@@ -171,7 +152,7 @@ def main(args):
     if len(data.train) < args.batch_size:
         held = f"{len(data.train)} rows of --seq-len {args.seq_len} tokens"
         raise UsageError(f"--batch-size {args.batch_size}: --data {args.data} has {held} for training, fewer than one batch")
-    record_run(run_dir, args, script, data, ranks)
+    identity = record_run(run_dir, args, script, data, ranks)
     parameters = sum(p.numel() for p in model.parameters())
     model = shard(model.to(ranks.device), ranks)
     if args.compile:
@@ -184,8 +165,8 @@ def main(args):
     ranks.say(f"run       {args.max_steps:,} updates, {args.max_steps * args.batch_size / len(data.train):.2f} epochs")
 
     # Resume: a killed run goes on where its last checkpoint was taken, and ends as if it had never stopped
-    checkpoints = Path(args.checkpoint_dir or run_dir / "checkpoints")
-    start, size = load_checkpoint(checkpoints, model, optimizer, ranks)
+    checkpoints = Path(args.checkpoint_dir) / run_dir.name if args.checkpoint_dir else run_dir / "checkpoints"
+    start, size = load_checkpoint(checkpoints, model, optimizer, identity, ranks)
     metrics_file = MetricsFile(run_dir / "metrics.jsonl", size, ranks)
     tracker = Tracker(args.tracker, run_dir, args, ranks)
     progress = Progress(start, args.max_steps, ranks)
@@ -195,7 +176,8 @@ def main(args):
     for step in range(start, args.max_steps + 1):
         last = step == args.max_steps
         if step > start and (last or (args.save_every and step % args.save_every == 0)):  # first, as evaluation may fail
-            save_checkpoint(checkpoints, step, model, optimizer, metrics_file.size(), args.keep_last, ranks)
+            save_checkpoint(checkpoints, step, model, optimizer, identity, metrics_file.size(), args.keep_last, ranks)
+            tracker.send()
         if step > 0 and (last or (args.eval_every and step % args.eval_every == 0)):
             batches = heldout_batches(data, micro_batch_size, args.num_heads, ranks)
             heldout = evaluate_heldout(model, batches, data, args.num_heads, ranks)
@@ -230,12 +212,13 @@ def main(args):
         grad_norm = clip_gradients(model, args.grad_clip)
 
         # Figures of the update, exact over all ranks and micro-steps; what is not finite never reaches the weights
-        gathered = ranks.gather(torch.stack(sums)).double()  # [ranks, accumulation, 4 + K]
+        gathered = ranks.gather(torch.stack(sums)).cpu().double()  # [ranks, accumulation, 4 + K]
         objective, weight, weight_squared, _, *loss_K = gathered.sum((0, 1)).tolist()
         loss_K = [loss / max(1, count) for loss, count in zip(loss_K, count_K.tolist())]
         if not all(map(math.isfinite, (*loss_K, objective, grad_norm))):
             broken = [f"loss of head {k}" for k, loss in enumerate(loss_K, start=1) if not math.isfinite(loss)] or ["gradient"]
             ranks.say(f"stopped   update {step + 1}: {', '.join(broken)} not finite; nothing was stepped, checkpoints are whole")
+            tracker.finish([run_dir / "args.json", run_dir / "metrics.jsonl"], status="FAILED")
             raise SystemExit(1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -256,9 +239,9 @@ def main(args):
     # End: the model as others read it, then what was reached and where it lies
     save_model(model, tokenizer, run_dir / "model", ranks)
     shown_by = tracker.finish([run_dir / "args.json", run_dir / "metrics.jsonl"])
-    control = f"python {script}.py --num-heads 1   (plain next-token training: what the other heads cost and bring)"
-    report(run_dir, args, data, heldout, shown_by, control, ranks)
-    ranks.barrier()  # no rank leaves while another is at work
+    other = command_line(script, args, num_heads=1 if args.num_heads > 1 else 4)
+    ranks.barrier()  # no rank leaves while another is at work; the report needs rank 0 alone
+    report(run_dir, args, data, heldout, shown_by, other, ranks)
 
 
 if __name__ == "__main__":

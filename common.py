@@ -9,6 +9,7 @@ Shapes: B batch, T positions, K heads, V vocabulary, D width, N tokens.
 import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import json
 import math
@@ -80,6 +81,19 @@ class Ranks:
         dist.all_gather(everyone, values.contiguous())
         return torch.stack(everyone)
 
+    @contextlib.contextmanager
+    def first(self):
+        """True on rank 0, which does the work inside alone while the others wait; its `UsageError` is raised on all."""
+        message = [None]
+        try:
+            yield self.rank == 0
+        except UsageError as error:
+            message = [str(error)]
+        if self.world_size > 1:
+            dist.broadcast_object_list(message, 0)
+        if message[0]:
+            raise UsageError(message[0])
+
     def barrier(self):
         if self.world_size > 1:
             dist.barrier()
@@ -102,12 +116,15 @@ def setup_ranks(device, dtype):
         raise UsageError("--device cuda: torch finds no CUDA device here; use --device cpu")
     if device == "mps" and not (mps and world_size == 1):
         raise UsageError("--device mps: needs one process on a machine with Metal; use --device cpu")
+    if device == "mps" and dtype == "bf16":
+        raise UsageError("--dtype bf16: not on Metal, whose half type loses gradients without loss scaling; use --dtype fp32")
     where = torch.device(device)
     if device == "cuda":
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(where)
     if world_size > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        patience = datetime.timedelta(hours=2)  # rank 0 tokenises alone
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=patience)
     why, half = f"--dtype {dtype}", dtype == "bf16"
     if dtype == "auto" and device == "cpu":
         seconds = []
@@ -120,8 +137,9 @@ def setup_ranks(device, dtype):
             dist.broadcast(ratio, 0)  # every rank must choose alike
         half, why = bool(ratio < 0.8), f"a bf16 product takes {ratio:.2g} times an fp32 one"
     elif dtype == "auto":
-        half, why = device == "mps" or torch.cuda.is_bf16_supported(including_emulation=False), f"what this {device} is fast in"
-    chosen = torch.float32 if not half else torch.float16 if device == "mps" else torch.bfloat16
+        half = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        why = "the GPU has bf16" if half else "no bf16 on this device"
+    chosen = torch.bfloat16 if half else torch.float32
     ranks = Ranks(int(os.environ.get("RANK", 0)), world_size, where, chosen)
     ranks.say(f"device    {where.type}, {world_size} rank(s), products in {str(chosen)[6:]} ({why}), master weights in float32")
     return ranks

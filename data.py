@@ -33,6 +33,7 @@ class Data:
     train: object
     heldout: object
     fingerprint: str  # of documents, split, tokenizer, packing and noise
+    heldout_fingerprint: str  # of the held-out rows alone: where it is the same, held-out figures compare
     heldout_bytes: int  # UTF-8 bytes of held-out target text
     heldout_tokens: int  # tokens of the same text, end-of-sequence tokens included
     order0_bits_per_byte: float  # entropy of the byte frequencies of that text
@@ -56,6 +57,13 @@ def load_data(name, tokenizer, seq_len, seed, noise_frac, ranks):
     Raises:
         UsageError: nothing there, columns missing, no document left that fits.
     """
+    load = functools.partial(_load_data, name, tokenizer, seq_len, seed, noise_frac)
+    with ranks.first() as alone:  # rank 0 fills the cache, the others then find it
+        data = load(ranks.say) if alone else None
+    return data or load(lambda text: None)
+
+
+def _load_data(name, tokenizer, seq_len, seed, noise_frac, say):
     import datasets
 
     datasets.disable_progress_bars()
@@ -63,8 +71,6 @@ def load_data(name, tokenizer, seq_len, seed, noise_frac, ranks):
         raise UsageError(f"--noise-frac {noise_frac}: from 0 to 1")
     if seq_len < 2:
         raise UsageError(f"--seq-len {seq_len}: at least 2")
-    if ranks.rank > 0:
-        ranks.barrier()  # rank 0 fills the cache first
     documents, train_numbers, heldout_numbers = _split(*_read_documents(name), seed, name)
     vocabulary = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id, tokenizer.pad_token_id]
     if tokenizer.is_fast:  # merges, normaliser and template too: they make other tokens of the same vocabulary
@@ -97,15 +103,14 @@ def load_data(name, tokenizer, seq_len, seed, noise_frac, ranks):
         digests.append(file.stem)
         lost = len(chosen) - len(rows) if "prompt" in documents.column_names else 0
         if lost:
-            ranks.say(f"data      left out {lost} of {len(chosen)} {part} records: longer than --seq-len {seq_len} tokens")
-    if ranks.rank == 0:
-        ranks.barrier()
+            say(f"data      left out {lost} of {len(chosen)} {part} records: longer than --seq-len {seq_len} tokens")
     heldout = documents.select(heldout_numbers)
     if "prompt" in documents.column_names:  # records that were left out are not measured
         heldout = heldout.select(np.unique(np.array(parts["heldout"]["document"]).max(1)))
     return Data(
         **parts,
         fingerprint=hashlib.sha256("".join(digests).encode()).hexdigest()[:16],
+        heldout_fingerprint=digests[1][:16],
         **_yardsticks(heldout, tokenizer),
         prompt=_first_lines(heldout),
     )
@@ -123,12 +128,16 @@ def _read_documents(name):
         if name == "mbpp":
             loaded = datasets.concatenate_datasets(list(datasets.load_dataset("google-research-datasets/mbpp", "full").values()))
         elif path.is_file() or "://" in name:
-            suffixes = [s for s in path.suffixes if s not in (".gz", ".zst", ".bz2", ".xz")]
+            suffixes = [
+                s
+                for s in Path(name.partition("?")[0] if "://" in name else name).suffixes
+                if s not in (".gz", ".zst", ".bz2", ".xz")
+            ]
             builder = builders.get(suffixes[-1] if suffixes else "", "text")
             options = {"sample_by": "document"} if builder == "text" else {}
             loaded = datasets.load_dataset(builder, data_files=name, split="train", **options)
-        elif path.is_dir() and any(path.rglob("*.txt")):  # else each line of them would be a document
-            loaded = datasets.load_dataset("text", data_dir=name, split="train", sample_by="document")
+        elif path.is_dir() and (files := sorted(map(str, path.rglob("*.txt")))):  # datasets would guess splits from names
+            loaded = datasets.load_dataset("text", data_files=files, split="train", sample_by="document")
         elif path.is_dir() or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in (*builders, ".txt", ".gz")):
             loaded = datasets.load_dataset(name, split="train")
         else:
@@ -321,7 +330,7 @@ def _yardsticks(documents, tokenizer):
 def _first_lines(documents):
     """A prompt to complete: a record's own, or a held-out text up to the second line of its first longer function."""
     if "prompt" in documents.column_names:
-        return documents[0]["prompt"]
+        return next((prompt for prompt in documents["prompt"] if prompt), documents[0]["completion"][:1])
     for text in documents["text"]:
         found = re.search(r"^ *def .*:\n(?: +.*\n){1}(?=(?: +.*\n){3})", text, re.MULTILINE)
         if found and found.start() > 200:

@@ -34,36 +34,41 @@ def open_run(args, script, ranks):
     fixed = {k: v for k, v in sorted(vars(args).items()) if k not in MAY_CHANGE}
     digest = hashlib.sha256(json.dumps([script, fixed]).encode()).hexdigest()[:8]
     run_dir = Path(args.run_dir or f"runs/{script}-s{args.seed}-{digest}")
-    if ranks.rank == 0:
-        nearest = next(p for p in (run_dir.absolute(), *run_dir.absolute().parents) if p.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise UsageError(f"--run-dir {run_dir}: cannot be written ({nearest} is no folder that this user may write)")
-        if (run_dir / "args.json").exists():
-            there = json.loads((run_dir / "args.json").read_text())
-            before = {k: v for k, v in there["args"].items() if k not in MAY_CHANGE} | {"script": there["script"]}
-            now = fixed | {"script": script}
-            differ = [
-                f"{k} {before.get(k)} there, {now.get(k)} here" for k in sorted(before | now) if before.get(k) != now.get(k)
-            ]
-            if differ:
-                raise UsageError(f"--run-dir {run_dir}: holds a run with other arguments ({'; '.join(differ)})")
-        elif run_dir.exists() and any(run_dir.iterdir()):
-            raise UsageError(f"--run-dir {run_dir}: not empty and no run of this project; name a new folder")
-    ranks.barrier()
+    with ranks.first() as alone:
+        if alone:
+            _check_writable(run_dir, "--run-dir")
+            if args.checkpoint_dir:
+                _check_writable(Path(args.checkpoint_dir), "--checkpoint-dir")
+            if (run_dir / "args.json").exists():
+                there = json.loads((run_dir / "args.json").read_text())
+                before = {k: v for k, v in there["args"].items() if k not in MAY_CHANGE} | {"script": there["script"]}
+                now = fixed | {"script": script}
+                changed = [k for k in sorted(before | now) if before.get(k) != now.get(k)]
+                if changed:
+                    differ = "; ".join(f"{k} {before.get(k)} there, {now.get(k)} here" for k in changed)
+                    raise UsageError(f"--run-dir {run_dir}: holds a run with other arguments ({differ})")
+            elif run_dir.exists() and any(run_dir.iterdir()):
+                raise UsageError(f"--run-dir {run_dir}: not empty and no run of this project; name a new folder")
     return run_dir, (run_dir / "model").is_dir()
 
 
+def _check_writable(folder, flag):
+    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UsageError(f"{flag} {folder}: cannot be written ({nearest} is no folder that this user may write)")
+
+
 def record_run(run_dir, args, script, data, ranks):
-    """Write `args.json` once: arguments, versions, commit, data; a resumed run must meet the same data."""
-    if ranks.rank == 0:
-        file = run_dir / "args.json"
-        if file.exists():
-            before = json.loads(file.read_text())["data_fingerprint"]
-            if before != data.fingerprint:
-                raise UsageError(
-                    f"--data {args.data}: not the data that {run_dir} was started on ({before} there, {data.fingerprint} here)"
-                )
-        else:
+    """Write `args.json` once: arguments, versions, commit, data, type of the products (which a resumed run keeps).
+
+    Returns what a checkpoint must have been taken of to be this run's: a digest of arguments and data.
+
+    Raises:
+        UsageError: the run in the folder was started on other data.
+    """
+    file = run_dir / "args.json"
+    with ranks.first() as alone:
+        if alone and not file.exists():
             packages = ("torch", "transformers", "datasets", "numpy")
             versions = {p: importlib.metadata.version(p) for p in packages} | {"python": sys.version.split()[0]}
             try:
@@ -71,9 +76,20 @@ def record_run(run_dir, args, script, data, ranks):
             except OSError as error:
                 raise UsageError(f"--run-dir {run_dir}: cannot be written ({error.strerror})") from None
             record = dict(script=script, command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), args=vars(args),
-                          data_fingerprint=data.fingerprint, versions=versions, **commit())  # fmt: skip
+                          products=str(ranks.dtype).removeprefix("torch."), data_fingerprint=data.fingerprint,
+                          heldout_fingerprint=data.heldout_fingerprint, versions=versions, **commit())  # fmt: skip
             write_whole(file, json.dumps(record, indent=1))
-    ranks.barrier()
+    record = json.loads(file.read_text())
+    if record["data_fingerprint"] != data.fingerprint:
+        raise UsageError(
+            f"--data {args.data}: not the data that {run_dir} was started on "
+            f"({record['data_fingerprint']} there, {data.fingerprint} here)"
+        )
+    if str(ranks.dtype) != f"torch.{record['products']}":
+        ranks.dtype = getattr(torch, record["products"])
+        ranks.say(f"resume    products in {record['products']}, as the run was started")
+    fixed = {k: v for k, v in sorted(record["args"].items()) if k not in MAY_CHANGE}
+    return hashlib.sha256(json.dumps([script, fixed, data.fingerprint]).encode()).hexdigest()[:16]
 
 
 def commit():
@@ -101,6 +117,8 @@ class MetricsFile:
         self.file = None
         if ranks.rank == 0:
             self.file = open(file, "a+b")
+            if self.size() < size:
+                raise UsageError(f"{file}: holds {self.size()} bytes, fewer than the {size} that the checkpoint knew; restore it")
             self.file.truncate(size)
 
     def write(self, step, metrics):
@@ -132,7 +150,7 @@ def _state(model, optimizer):
     return {"model": {n: p.detach() for n, p in named.items()}, "optimizer": {n: optimizer.state[p] for n, p in named.items()}}
 
 
-def save_checkpoint(folder, step, model, optimizer, metrics_size, keep_last, ranks):
+def save_checkpoint(folder, step, model, optimizer, identity, metrics_size, keep_last, ranks):
     """Write `step_000100/` under another name, `meta.json` last, rename; then drop all but the last `keep_last` (0: none).
 
     Learning rate, data position and random numbers are functions of (seed, step, rank): the step is all of their state.
@@ -146,27 +164,35 @@ def save_checkpoint(folder, step, model, optimizer, metrics_size, keep_last, ran
         warnings.simplefilter("ignore", UserWarning)
         dcp.save(_state(model, optimizer), checkpoint_id=temporary, no_dist=ranks.world_size == 1)
     if ranks.rank == 0:
-        write_whole(temporary / "meta.json", json.dumps(dict(step=step, metrics_size=metrics_size, world_size=ranks.world_size)))
+        meta = dict(step=step, identity=identity, metrics_size=metrics_size, world_size=ranks.world_size)
+        write_whole(temporary / "meta.json", json.dumps(meta))
         shutil.rmtree(final, ignore_errors=True)  # one that lost its marker
         temporary.rename(final)
-        for old in _by_step(folder.glob("step_*[0-9]"))[:-keep_last] if keep_last else []:
+        for old in _complete(folder)[:-keep_last] if keep_last else []:
             shutil.rmtree(old)
     ranks.barrier()
 
 
-def _by_step(folders):
-    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step_")))
+def _complete(folder):
+    found = [f.parent for f in folder.glob("step_*[0-9]/meta.json")]
+    return sorted(found, key=lambda f: int(f.name.removeprefix("step_")))
 
 
-def load_checkpoint(folder, model, optimizer, ranks):
-    """Read the last complete checkpoint in place; returns its step and size of the metrics file, or 0, 0 if there is none."""
-    complete = _by_step(f.parent for f in folder.glob("step_*[0-9]/meta.json"))
+def load_checkpoint(folder, model, optimizer, identity, ranks):
+    """Read the last complete checkpoint in place; returns its step and size of the metrics file, or 0, 0 if there is none.
+
+    Raises:
+        UsageError: it was taken of another run.
+    """
+    complete = _complete(folder)
     if not complete:
         return 0, 0
+    meta = json.loads((complete[-1] / "meta.json").read_text())
+    if meta["identity"] != identity:
+        raise UsageError(f"--checkpoint-dir: {complete[-1]} was taken of a run with other arguments or data; name another folder")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         dcp.load(_state(model, optimizer), checkpoint_id=complete[-1], no_dist=ranks.world_size == 1)
-    meta = json.loads((complete[-1] / "meta.json").read_text())
     ranks.say(f"resume    from {complete[-1]}")
     return meta["step"], meta["metrics_size"]
 
@@ -237,20 +263,20 @@ class Tracker:
                 for step, _, metrics in pending:
                     self.run.log(metrics, step=step)
 
-    def finish(self, files):
+    def finish(self, files, status="FINISHED"):
         """Send what is left and the run's small files; returns the command or address that shows the run, or None."""
         self.send()
         with self.guarded():
             if self.kind == "mlflow":
                 for file in files:
                     self.client.log_artifact(self.id, str(file))
-                self.client.set_terminated(self.id)
+                self.client.set_terminated(self.id, status)
                 return f"mlflow ui --backend-store-uri {self.uri}"
             if self.kind == "wandb":
                 for file in files:
                     self.run.save(str(file), base_path=str(file.parent), policy="now")
                 folder, address = Path(self.run.dir).parent, self.run.url
-                self.run.finish()
+                self.run.finish(exit_code=int(status != "FINISHED"))
                 return address or f"wandb sync {folder}"
         return None
 
@@ -298,6 +324,16 @@ def evaluate_heldout(model, batches, data, num_heads, ranks):
     return metrics | {"eval/bits_per_byte": bits}
 
 
+def command_line(script, args, **changes):
+    """The command that runs `script` with these arguments but for the changes, and without folders."""
+    words = [f"python {script}.py"]
+    for name, value in (vars(args) | changes).items():
+        if value != getattr(type(args), name) and name not in ("run_dir", "checkpoint_dir"):
+            flag = "--" + name.rstrip("_").replace("_", "-")
+            words.append(flag if value is True else f"{flag} {shlex.quote(str(value))}")
+    return " ".join(words)
+
+
 def report(run_dir, args, data, metrics, shown_by, next_command, ranks):
     """What a run ends with: the held-out figures beside the yardsticks, a completion, where things lie, what to type next."""
     if ranks.rank > 0:
@@ -313,7 +349,7 @@ def report(run_dir, args, data, metrics, shown_by, next_command, ranks):
     tokenizer = transformers.AutoTokenizer.from_pretrained(run_dir / "model")
     prompt = tokenizer(data.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     prompt = prompt[:, -max(1, args.seq_len // 2) :]  # prompt and completion together fill what the model was trained on
-    options = dict(max_new_tokens=args.seq_len - prompt.shape[1], do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    options = dict(max_new_tokens=min(128, args.seq_len - prompt.shape[1]), do_sample=False, pad_token_id=tokenizer.pad_token_id)
     text = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
     print("\na held-out beginning | and how the model goes on (greedy, plain transformers from model/)")
     added = tokenizer.decode(text[0, prompt.shape[1] :], skip_special_tokens=True)

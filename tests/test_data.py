@@ -870,6 +870,7 @@ def test_a_folder_of_text_files_is_split_by_file(tmp_path):
     (tmp_path / "texts").mkdir()
     texts = [t.replace("\r\n", "\n") for t in some_texts(40)]
     for n, text in enumerate(texts):
-        (tmp_path / "texts" / f"{n:02}.txt").write_text(text, encoding="utf-8")
+        name = ("train", "test", "notes")[n % 3]  # names from which datasets would guess splits
+        (tmp_path / "texts" / f"{name}-{n:02}.txt").write_text(text, encoding="utf-8")
     loaded = load(tmp_path / "texts")
     assert sorted(texts_of(loaded.train) + texts_of(loaded.heldout)) == sorted(texts)

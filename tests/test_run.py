@@ -255,6 +255,57 @@ def test_a_checkpoint_without_its_marker_does_not_count(material, straight, monk
     assert_same_weights(weights_of(run_dir), weights_of(straight[0]))
 
 
+def test_a_checkpoint_of_another_run_is_refused(material, monkeypatch, tmp_path, capsys):
+    shared = dict(checkpoint_dir=tmp_path / "shared", max_steps=4)
+    assert run_here(monkeypatch, *flags(material, tmp_path / "a/run", **shared)) == 0
+    first = {p: p.read_bytes() for p in (tmp_path / "shared").rglob("*") if p.is_file()}
+    assert run_here(monkeypatch, *flags(material, tmp_path / "b/run", **shared, seed=1)) == 2
+    assert "other arguments or data" in capsys.readouterr().err
+    assert run_here(monkeypatch, *flags(material, tmp_path / "c", **shared, seed=1)) == 0
+    assert len(losses_of(tmp_path / "c")) == 4
+    assert all(p.read_bytes() == content for p, content in first.items())
+
+
+def test_a_resumed_run_keeps_the_type_of_its_products(material, monkeypatch, tmp_path, capsys):
+    run_dir, words = tmp_path / "run", dict(dtype="auto", max_steps=4, save_every=2, keep_last=0)
+    assert run_here(monkeypatch, *flags(material, run_dir, **words)) == 0
+    chosen = json.loads((run_dir / "args.json").read_text())["products"]
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[chosen]
+    shutil.rmtree(run_dir / "model")
+    shutil.rmtree(run_dir / "checkpoints/step_000004")
+    record = json.loads((run_dir / "args.json").read_text())
+    (run_dir / "args.json").write_text(json.dumps(record | {"products": other}))
+    capsys.readouterr()
+    assert run_here(monkeypatch, *flags(material, run_dir, **words)) == 0
+    assert f"products in {other}, as the run was started" in capsys.readouterr().out
+
+
+def test_keep_last_counts_whole_checkpoints_alone(material, straight, monkeypatch, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight[0], run_dir)
+    shutil.rmtree(run_dir / "model")
+    shutil.rmtree(run_dir / "checkpoints/step_000010")
+    (run_dir / "checkpoints/step_000999").mkdir()
+    assert run_here(monkeypatch, *flags(material, run_dir, keep_last=1)) == 0
+    assert (run_dir / "checkpoints/step_000010/meta.json").exists()
+    assert not (run_dir / "checkpoints/step_000008").exists()
+
+
+def test_records_with_empty_prompts_are_trained_and_reported(material, monkeypatch, tmp_path, capsys):
+    records = "".join(json.dumps({"prompt": "", "completion": f"x = {i}\n"}) + "\n" for i in range(60))
+    (tmp_path / "records.jsonl").write_text(records)
+    words = flags(material, tmp_path / "run", data=tmp_path / "records.jsonl", max_steps=2)
+    assert run_here(monkeypatch, *words) == 0
+    assert "next      python" in capsys.readouterr().out
+
+
+def test_the_next_command_is_the_control_of_this_run(material, straight):
+    line = next(line for line in straight[1].stdout.splitlines() if line.startswith("next"))
+    for word in ("--num-heads 1", f"--data {material / 'text.jsonl'}", "--max-steps 10", "--dtype fp32"):
+        assert word in line
+    assert "--run-dir" not in line and "--seed" not in line
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_weights(material, monkeypatch, tmp_path, capsys):
     run_dir = tmp_path / "run"
     words = flags(material, run_dir, lr=1e25, warmup_steps=0, grad_clip=0, save_every=1, keep_last=0)
@@ -294,6 +345,17 @@ def test_mlflow_holds_parameters_metrics_and_files(material, monkeypatch, tmp_pa
     assert {f.path for f in client.list_artifacts(run.info.run_id)} == {"args.json", "metrics.jsonl"}
 
 
+def test_a_run_that_stops_is_marked_failed_with_its_last_points(material, monkeypatch, tmp_path):
+    words = dict(tracker="mlflow", lr=1e25, warmup_steps=0, grad_clip=0)
+    assert run_here(monkeypatch, *flags(material, tmp_path / "runs/one", **words)) == 1
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("wmtp").experiment_id])
+    assert run.info.status == "FAILED"
+    assert len(client.get_metric_history(run.info.run_id, "train/loss")) == len(losses_of(tmp_path / "runs/one")) > 0
+
+
 def test_wandb_works_offline(material, monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -322,6 +384,10 @@ BAD = [
     (dict(num_heads=0), ["--num-heads 0", "at least 1"]),
     (dict(num_heads=6), ["--num-heads 6", "5 layers"]),
     (dict(max_steps=0), ["--max-steps 0", "at least 1"]),
+    (dict(grad_clip=-1), ["--grad-clip -1.0", "at least 0"]),
+    (dict(lr="nan"), ["--lr nan", "at least 0"]),
+    (dict(seed=-1), ["--seed -1", "at least 0"]),
+    (dict(checkpoint_dir="{folder}/text.jsonl"), ["--checkpoint-dir", "cannot be written"]),
     (dict(seq_len=256), ["--seq-len 256", "128"]),
     (dict(noise_frac=1.5), ["--noise-frac 1.5", "from 0 to 1"]),
     (dict(model="{folder}/small/config.json"), ["--model", "has 100 entries", "259"]),
