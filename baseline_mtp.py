@@ -110,7 +110,7 @@ class Args:
         at_least_0 = ("seed", "lr", "weight_decay", "grad_clip", "warmup_steps", "eval_every", "save_every", "keep_last")
         for name, least in (dict.fromkeys(at_least_0, 0) | {"max_steps": 1}).items():
             if not least <= getattr(self, name) < 2**63:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {least}")
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {least}, below 2^63")
 
 
 # ------------------------------------------------------------------------------------------------------------- algorithm

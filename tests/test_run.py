@@ -308,7 +308,7 @@ def test_the_next_command_is_the_control_of_this_run(material, straight):
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights(material, monkeypatch, tmp_path, capsys):
     run_dir = tmp_path / "run"
-    words = flags(material, run_dir, lr=1e25, warmup_steps=0, grad_clip=0, save_every=1, keep_last=0)
+    words = flags(material, run_dir, lr=1e15, warmup_steps=0, grad_clip=0, save_every=1, keep_last=0)
     assert run_here(monkeypatch, *words) == 1
     stopped = capsys.readouterr().out.splitlines()[-1]
     steps = len(losses_of(run_dir))
@@ -346,7 +346,7 @@ def test_mlflow_holds_parameters_metrics_and_files(material, monkeypatch, tmp_pa
 
 
 def test_a_run_that_stops_is_marked_failed_with_its_last_points(material, monkeypatch, tmp_path):
-    words = dict(tracker="mlflow", lr=1e25, warmup_steps=0, grad_clip=0)
+    words = dict(tracker="mlflow", lr=1e15, warmup_steps=0, grad_clip=0)
     assert run_here(monkeypatch, *flags(material, tmp_path / "runs/one", **words)) == 1
     from mlflow import MlflowClient
 
