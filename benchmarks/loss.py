@@ -138,7 +138,11 @@ def main():
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
-    rows = []
+    cores = len(os.sched_getaffinity(0))
+    machine = dict(processor=platform.processor() or platform.machine(), cores=cores, torch=torch.__version__,
+                   transformers=transformers.__version__, commit=commit, command=" ".join(["python", *sys.argv]))  # fmt: skip
+    out = Path(args.out)
+    rows = json.loads(out.read_text())["rows"] if out.exists() else []  # vocabularies measured before stay
     for vocabulary in args.vocabularies:
         results = {}
         for form in args.forms:
@@ -161,24 +165,26 @@ def main():
                     results[form]["seconds"].append(seconds)
         for process in running.values():
             process.communicate()
-        base = statistics.median(results["head by head"]["seconds"]) if "head by head" in results else None
+        middle = {form: statistics.median(r["seconds"]) for form, r in results.items() if r["seconds"]}
+        rows = [row for row in rows if row["vocabulary"] != vocabulary]
         for form, result in results.items():
-            seconds = statistics.median(result["seconds"]) if result["seconds"] else None
-            rows.append(dict(vocabulary=vocabulary, form=form, peak_mb=round(result["peak_mb"]), seconds=seconds,
-                             spread=[min(result["seconds"]), max(result["seconds"])] if seconds else None,
-                             ratio=seconds / base if seconds and base else None,
-                             memory_share=results["stacked"]["peak_mb"] / result["peak_mb"] if "stacked" in results else None,
-                             gradient=result["gradient"]))  # fmt: skip
-    cores = len(os.sched_getaffinity(0))
-    machine = dict(processor=platform.processor() or platform.machine(), cores=cores, torch=torch.__version__,
-                   transformers=transformers.__version__, commit=commit, command=" ".join(["python", *sys.argv]))  # fmt: skip
-    Path(args.out).write_text(json.dumps(dict(machine=machine, rows=rows), indent=1))
+            row = dict(vocabulary=vocabulary, form=form, peak_mb=round(result["peak_mb"]), gradient=result["gradient"])
+            if "stacked" in results:
+                row |= dict(stacked_over_this=results["stacked"]["peak_mb"] / result["peak_mb"])
+            if form in middle:
+                row |= dict(seconds=middle[form], spread=[min(result["seconds"]), max(result["seconds"])])
+            if form in middle and "head by head" in middle:
+                row |= dict(over_head_by_head=middle[form] / middle["head by head"])
+            rows.append(row | dict(machine=machine))
+        rows.sort(key=lambda row: (row["vocabulary"], list(FORMS).index(row["form"])))
+        out.write_text(json.dumps(dict(rows=rows), indent=1))
     print(f"| vocabulary | form | peak MB above rest | stacked / this | s a step (min to max) | / head by head |\n{'|---' * 6}|")
     for r in rows:
-        time_ = f"{r['seconds']:.2f} ({r['spread'][0]:.2f} to {r['spread'][1]:.2f})" if r["seconds"] else "not timed"
-        share = f"{r['memory_share']:.1f}" if r["memory_share"] else ""
-        ratio = f"{r['ratio']:.2f}" if r["ratio"] else ""
-        print(f"| {r['vocabulary']:,} | {r['form']}: {FORMS[r['form']]} | {r['peak_mb']:,} | {share} | {time_} | {ratio} |")
+        seconds = "{:.2f} ({:.2f} to {:.2f})".format(r["seconds"], *r["spread"]) if "seconds" in r else ""
+        share, ratio = (
+            f"{r[key]:{form}}" if key in r else "" for key, form in (("stacked_over_this", ".1f"), ("over_head_by_head", ".2f"))
+        )
+        print(f"| {r['vocabulary']:,} | {r['form']}: {FORMS[r['form']]} | {r['peak_mb']:,} | {share} | {seconds} | {ratio} |")
 
 
 if __name__ == "__main__":
