@@ -225,7 +225,8 @@ class MTPModel(nn.Module):
         layers[-1] = Heads([layers[-1], *extra_heads])
         self.causal_lm = causal_lm
         self.softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
-        self.chunk = max(128, 2**22 // causal_lm.lm_head.weight.shape[0])  # tokens whose logits exist at once: 16 MB
+        rows = 2**23 // causal_lm.lm_head.weight.shape[0] // 128 * 128
+        self.chunk = max(128, rows)  # tokens whose logits exist at once: 32 MB
 
     @property
     def heads(self):
