@@ -81,7 +81,7 @@ class Args:
     """Peak learning rate of AdamW."""
     warmup_steps: int = 40
     """Updates of linear warm-up; a cosine to zero follows."""
-    max_steps: int = 1900
+    max_steps: int = 1750
     """Updates in all."""
     weight_decay: float = 0.1
     """Decay of matrices; vectors have none."""
