@@ -264,7 +264,7 @@ class TokenLosses(torch.autograd.Function):
 
     Unreduced, as weights may depend on the losses; so the backward makes the logits again (four products where a loss
     reduced beforehand costs three). Sums and losses are fp32 whatever the type of the products. Soft-capping, gradients of
-    a bf16 unembedding summed in fp32, and torch before 2.12 are what `torch.nn.functional.linear_cross_entropy` lacks.
+    a bf16 unembedding summed in fp32, and torch 2.11 are what `torch.nn.functional.linear_cross_entropy` lacks.
     """
 
     @staticmethod

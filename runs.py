@@ -245,7 +245,7 @@ class Tracker:
             self.kind = "none"
 
     def log(self, step, metrics):
-        """Keep the metrics of `step`; they go out every 10 s, as a write to SQLite for every step would slow small models."""
+        """Keep the metrics of `step`; they go out every 10 s, not with a write for every update."""
         self.pending.append((step, int(time.time() * 1000), metrics))
         if time.time() - self.sent > 10:
             self.send()
