@@ -35,11 +35,12 @@ from typing import Literal
 
 import torch
 
-from common import IGNORE, UsageError, active_heads, build_model, clip_gradients, run_script, save_model
+from common import IGNORE, UsageError, active_heads, build_model, clip_gradients, rank_share, run_script, save_model
 from common import set_gradient_sync, setup_ranks, shard
+from checkpoints import Checkpoints
 from data import batch_sizes, heldout_batches, load_data, micro_batches
-from runs import MetricsFile, Progress, Tracker, command_line, evaluate_heldout, load_checkpoint, make_optimizer, open_run
-from runs import record_run, report, save_checkpoint
+from runs import MetricsFile, Progress, StopSignal, Tracker, command_line, end_run, evaluate_heldout, make_optimizer, open_run
+from runs import record_run, report
 
 # Shapes: B sequences, T positions, K heads. weight_BT holds a weight for every token of x_BT.
 
@@ -152,7 +153,7 @@ def main(args):
     if len(data.train) < args.batch_size:
         held = f"{len(data.train)} rows of --seq-len {args.seq_len} tokens"
         raise UsageError(f"--batch-size {args.batch_size}: --data {args.data} has {held} for training, fewer than one batch")
-    identity = record_run(run_dir, args, script, data, ranks)
+    run = record_run(run_dir, args, script, data, ranks)
     parameters = sum(p.numel() for p in model.parameters())
     model = shard(model.to(ranks.device), ranks)
     if args.compile:
@@ -160,24 +161,38 @@ def main(args):
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     tokens = args.batch_size * args.seq_len
     ranks.say(f"model     {args.model}, {parameters / 1e6:.2f} M parameters, {args.num_heads} head(s)")
+    ranks.say(f"memory    {rank_share(model, optimizer, ranks)}")
     ranks.say(f"data      {args.data}, {len(data.train):,} rows of {args.seq_len} tokens, {len(data.heldout):,} held out")
     ranks.say(f"batch     {args.batch_size} rows = {ranks.world_size} rank(s) x {micro_batch_size} x {accumulation} accumulation")
     ranks.say(f"run       {args.max_steps:,} updates, {args.max_steps * args.batch_size / len(data.train):.2f} epochs")
 
     # Resume: a killed run goes on where its last checkpoint was taken, and ends as if it had never stopped
-    checkpoints = Path(args.checkpoint_dir) / run_dir.name if args.checkpoint_dir else run_dir / "checkpoints"
-    start, size = load_checkpoint(checkpoints, model, optimizer, identity, ranks)
+    folder = f"{args.checkpoint_dir}/{run_dir.name}" if args.checkpoint_dir else run_dir / "checkpoints"
+    checkpoints = Checkpoints(folder, run, args.keep_last, ranks)
+    start, size = checkpoints.load(model, optimizer)
     metrics_file = MetricsFile(run_dir / "metrics.jsonl", size, ranks)
     tracker = Tracker(args.tracker, run_dir, args, ranks)
     progress = Progress(start, args.max_steps, ranks)
+    signals, stopping = StopSignal(), False
 
     # Loop: it comes round once more than there are updates, so that nothing of it has to be written again at the end
     model.train()
     for step in range(start, args.max_steps + 1):
         last = step == args.max_steps
-        if step > start and (last or (args.save_every and step % args.save_every == 0)):  # first, as evaluation may fail
-            save_checkpoint(checkpoints, step, model, optimizer, identity, metrics_file.size(), args.keep_last, ranks)
+        due = args.save_every and step % args.save_every == 0
+        if step > start and (last or stopping or due):  # first, as evaluation may fail
+            checkpoints.save(step, model, optimizer, metrics_file.saved())
             tracker.send()
+        if stopping and not last:
+            saved = checkpoints.wait()
+            how = (
+                "saved; the same command goes on from there"
+                if saved
+                else "not saved; the same command goes on from the one before"
+            )
+            progress.say(f"stopped   {signals.name or 'another rank'} after update {step} of {args.max_steps}, {how}")
+            tracker.finish([run_dir / "args.json", run_dir / "metrics.jsonl"], status="KILLED")
+            return end_run(run_dir, ranks, exit_code=0 if saved else 1)
         if step > 0 and (last or (args.eval_every and step % args.eval_every == 0)):
             batches = heldout_batches(data, micro_batch_size, args.num_heads, ranks)
             heldout = evaluate_heldout(model, batches, data, args.num_heads, ranks)
@@ -207,16 +222,18 @@ def main(args):
             objective = (weight_KBT * loss_KBT).sum() / num_valid
             objective.backward()
             weights = weight_KBT[0] * (batch.targets_KBT[0] != IGNORE)
-            figures = [objective, weights.sum(), weights.square().sum(), weights.max(), *loss_KBT.sum((1, 2))]
+            stop = objective.new_tensor(bool(signals.name))  # goes round with the figures: all ranks stop at the same update
+            figures = [stop, objective, weights.sum(), weights.square().sum(), weights.max(), *loss_KBT.sum((1, 2))]
             sums.append(torch.stack(figures).detach())
         grad_norm = clip_gradients(model, args.grad_clip)
 
         # Figures of the update, exact over all ranks and micro-steps; what is not finite never reaches the weights
-        gathered = ranks.gather(torch.stack(sums)).cpu().double()  # [ranks, accumulation, 4 + K]
-        objective, weight, weight_squared, _, *loss_K = gathered.sum((0, 1)).tolist()
+        gathered = ranks.gather(torch.stack(sums)).cpu().double()  # [ranks, accumulation, 5 + K]
+        stopping, objective, weight, weight_squared, _, *loss_K = gathered.sum((0, 1)).tolist()
         loss_K = [loss / max(1, count) for loss, count in zip(loss_K, count_K.tolist())]
         if not all(map(math.isfinite, (*loss_K, objective, grad_norm))):
             broken = [f"loss of head {k}" for k, loss in enumerate(loss_K, start=1) if not math.isfinite(loss)] or ["gradient"]
+            checkpoints.wait()
             ranks.say(f"stopped   update {step + 1}: {', '.join(broken)} not finite; nothing was stepped, checkpoints are whole")
             tracker.finish([run_dir / "args.json", run_dir / "metrics.jsonl"], status="FAILED")
             raise SystemExit(1)
@@ -227,7 +244,7 @@ def main(args):
         ess_frac = weight**2 / max(weight_squared, 1e-12) / valid
         metrics = {"train/loss": objective} | {f"train/loss_head_{k}": loss for k, loss in enumerate(loss_K, start=1)}
         metrics |= {"train/grad_norm": grad_norm, "train/lr": optimizer.param_groups[0]["lr"]}
-        metrics |= {"weights/mean": weight / valid, "weights/max": gathered[..., 3].max().item(), "weights/ess_frac": ess_frac}
+        metrics |= {"weights/mean": weight / valid, "weights/max": gathered[..., 4].max().item(), "weights/ess_frac": ess_frac}
         metrics |= {"perf/tokens_per_s": tokens / seconds}
         metrics_file.write(step + 1, metrics)
         tracker.log(step + 1, metrics)
@@ -237,11 +254,13 @@ def main(args):
     progress.bar.close()
 
     # End: the model as others read it, then what was reached and where it lies
+    signals.restore()
+    checkpoints.wait()
     save_model(model, tokenizer, run_dir / "model", ranks)
     shown_by = tracker.finish([run_dir / "args.json", run_dir / "metrics.jsonl"])
     other = command_line(script, args, num_heads=1 if args.num_heads > 1 else 4)
-    ranks.barrier()  # no rank leaves while another is at work; the report needs rank 0 alone
     report(run_dir, args, data, heldout, shown_by, other, ranks)
+    end_run(run_dir, ranks)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import errno
 import functools
 import json
 import math
@@ -54,6 +55,15 @@ def run_script(main, args_class, doc):
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except (OSError, SafetensorError) as error:
+        text = str(error).replace("os error 28", f"Errno {errno.ENOSPC}")  # as safetensors has it
+        if not any(f"rrno {number}" in text for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)):
+            raise
+        print(f"error: rank {rank}: {text}; the last checkpoint is whole: make room, start again", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print(f"stopped   rank {rank} by SIGINT, outside the updates; nothing of this step is saved", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -163,6 +173,23 @@ def shard(model, ranks):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
     return model
+
+
+def rank_share(model, optimizer, ranks):
+    """One line: bytes of parameters and of optimizer state that a rank holds (the largest share), beside those of all."""
+
+    def measure(tensors):
+        tensors = list(tensors)
+        local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+        return sum(t.numel() * t.element_size() for t in local), sum(t.numel() * t.element_size() for t in tensors)
+
+    state = [t for values in optimizer.state.values() for t in values.values() if t.ndim]
+    (part, whole), (moments, all_moments) = measure(model.parameters()), measure(state)
+    part, moments = ranks.gather(torch.tensor([part, moments])).amax(0).tolist()
+    return (
+        f"parameters {part / 1e6:,.2f} MB of {whole / 1e6:,.2f} on each rank ({part / whole:.4f}), "
+        f"optimizer {moments / 1e6:,.2f} MB of {all_moments / 1e6:,.2f} ({moments / all_moments:.4f})"
+    )
 
 
 def set_gradient_sync(model, sync):

@@ -32,7 +32,8 @@ class Data:
 
     train: object
     heldout: object
-    fingerprint: str  # of documents, split, tokenizer, packing and noise
+    fingerprint: str  # of the documents and their split
+    tokenizer_fingerprint: str  # of all that makes tokens of text
     heldout_fingerprint: str  # of the held-out rows alone: where it is the same, held-out figures compare
     heldout_bytes: int  # UTF-8 bytes of held-out target text
     heldout_tokens: int  # tokens of the same text, end-of-sequence tokens included
@@ -77,17 +78,18 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, say):
         pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
         vocabulary.append({k: v for k, v in pipeline.items() if k not in ("truncation", "padding")})
     vocabulary = json.dumps(vocabulary, sort_keys=True)
-    parts, digests = {}, []
+    parts, texts = {}, []
     for part, numbers, noise in (("train", train_numbers, noise_frac), ("heldout", heldout_numbers, 0.0)):
         if len(numbers) == 0:
             raise UsageError(f"--data {name}: no document left for the {part} part")
         chosen = documents.select(numbers)
-        digest = hashlib.sha256(f"1 {vocabulary} {seq_len} {noise} {seed if noise else 0}".encode())
+        text = hashlib.sha256()
         for batch in chosen.iter(1000):
             for values in zip(*(batch[c] for c in chosen.column_names)):
-                digest.update("\0".join(map(str, values)).encode("utf-8", "replace") + b"\1")
+                text.update("\0".join(map(str, values)).encode("utf-8", "replace") + b"\1")
+        made_of = f"2 {vocabulary} {seq_len} {noise} {seed if noise else 0} {text.hexdigest()}"
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "wmtp"
-        file = folder / f"{digest.hexdigest()[:32]}.arrow"
+        file = folder / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.arrow"
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
             temporary = file.with_suffix(f".{os.getpid()}.tmp")
@@ -100,7 +102,7 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, say):
                 f"--data {name}: no {part} record fits into --seq-len {seq_len} (longest completion: {longest} characters)"
             )
         parts[part] = rows.with_format("numpy")
-        digests.append(file.stem)
+        texts.append(text.hexdigest())
         lost = len(chosen) - len(rows) if "prompt" in documents.column_names else 0
         if lost:
             say(f"data      left out {lost} of {len(chosen)} {part} records: longer than --seq-len {seq_len} tokens")
@@ -109,8 +111,9 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, say):
         heldout = heldout.select(np.unique(np.array(parts["heldout"]["document"]).max(1)))
     return Data(
         **parts,
-        fingerprint=hashlib.sha256("".join(digests).encode()).hexdigest()[:16],
-        heldout_fingerprint=digests[1][:16],
+        fingerprint=hashlib.sha256("".join(texts).encode()).hexdigest()[:16],
+        tokenizer_fingerprint=hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
+        heldout_fingerprint=file.stem[:16],
         **_yardsticks(heldout, tokenizer),
         prompt=_first_lines(heldout),
     )

@@ -1,5 +1,6 @@
-"""A run on disk and on screen: run directory, metrics, checkpoints and exact resume, tracker, progress, closing report."""
+"""A run on disk and on screen: run directory and its lock, stop signals, metrics, tracker, progress, closing report."""
 
+import atexit
 import contextlib
 import hashlib
 import importlib.metadata
@@ -8,48 +9,57 @@ import logging
 import math
 import os
 import shlex
-import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 import transformers
 
 from common import IGNORE, UsageError, first_line
 
-# --------------------------------------------------------------------------------------------- run directory, checkpoints
+# ------------------------------------------------------------------------------------------- run directory, lock, signals
 MAY_CHANGE = ("run_dir", "tracker", "device", "save_every", "keep_last")  # arguments that a resumed run may give anew
 
 
 def open_run(args, script, ranks):
-    """The run directory for these arguments, and whether the run in it is finished.
+    """The run directory for these arguments, locked if it is there, and whether the run in it is finished.
 
     Raises:
-        UsageError: it cannot be written, or holds something else, or a run with other arguments.
+        UsageError: it cannot be written, is in use, or holds something else, or a run with other arguments.
     """
-    fixed = {k: v for k, v in sorted(vars(args).items()) if k not in MAY_CHANGE}
+    fixed = _fixed(args, script)
     digest = hashlib.sha256(json.dumps([script, fixed]).encode()).hexdigest()[:8]
     run_dir = Path(args.run_dir or f"runs/{script}-s{args.seed}-{digest}")
     with ranks.first() as alone:
         if alone:
             _check_writable(run_dir, "--run-dir")
-            if args.checkpoint_dir:
+            if args.checkpoint_dir and "://" not in args.checkpoint_dir:
                 _check_writable(Path(args.checkpoint_dir), "--checkpoint-dir")
             if (run_dir / "args.json").exists():
                 there = json.loads((run_dir / "args.json").read_text())
-                before = {k: v for k, v in there["args"].items() if k not in MAY_CHANGE} | {"script": there["script"]}
-                now = fixed | {"script": script}
-                changed = [k for k in sorted(before | now) if before.get(k) != now.get(k)]
-                if changed:
-                    differ = "; ".join(f"{k} {before.get(k)} there, {now.get(k)} here" for k in changed)
+                if differ := differences(_fixed(there["args"], there["script"]), fixed):
                     raise UsageError(f"--run-dir {run_dir}: holds a run with other arguments ({differ})")
-            elif run_dir.exists() and any(run_dir.iterdir()):
+                if not (run_dir / "model").is_dir():
+                    lock_run(run_dir, ranks)
+            elif run_dir.exists() and {f.name for f in run_dir.iterdir()} - {LOCK, OWNER}:
                 raise UsageError(f"--run-dir {run_dir}: not empty and no run of this project; name a new folder")
     return run_dir, (run_dir / "model").is_dir()
+
+
+def _fixed(args, script):
+    values = args if isinstance(args, dict) else vars(args)
+    return {"script": script} | {k: v for k, v in values.items() if k not in MAY_CHANGE}
+
+
+def differences(before, now):
+    """What differs between two flat records, as `name old there, new here; ...`; empty if nothing does."""
+    changed = [k for k in sorted(before | now) if before.get(k) != now.get(k)]
+    return "; ".join(f"{k} {before.get(k)} there, {now.get(k)} here" for k in changed)
 
 
 def _check_writable(folder, flag):
@@ -59,37 +69,138 @@ def _check_writable(folder, flag):
 
 
 def record_run(run_dir, args, script, data, ranks):
-    """Write `args.json` once: arguments, versions, commit, data, type of the products (which a resumed run keeps).
+    """Make and lock the run folder; write `args.json` once: arguments, versions, commit, data, type of the products.
 
-    Returns what a checkpoint must have been taken of to be this run's: a digest of arguments and data.
+    Returns what a checkpoint must have been taken of to be this run's: arguments, fingerprints of data and tokenizer.
 
     Raises:
-        UsageError: the run in the folder was started on other data.
+        UsageError: the run in the folder was started on other data or with another tokenizer, or is in use.
     """
     file = run_dir / "args.json"
     with ranks.first() as alone:
-        if alone and not file.exists():
-            packages = ("torch", "transformers", "datasets", "numpy")
-            versions = {p: importlib.metadata.version(p) for p in packages} | {"python": sys.version.split()[0]}
+        if alone:
             try:
                 run_dir.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UsageError(f"--run-dir {run_dir}: cannot be written ({error.strerror})") from None
+            lock_run(run_dir, ranks)
+        if alone and not file.exists():
             record = dict(script=script, command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), args=vars(args),
                           products=str(ranks.dtype).removeprefix("torch."), data_fingerprint=data.fingerprint,
-                          heldout_fingerprint=data.heldout_fingerprint, versions=versions, **commit())  # fmt: skip
+                          tokenizer_fingerprint=data.tokenizer_fingerprint, heldout_fingerprint=data.heldout_fingerprint,
+                          versions=versions(), **commit())  # fmt: skip
             write_whole(file, json.dumps(record, indent=1))
     record = json.loads(file.read_text())
-    if record["data_fingerprint"] != data.fingerprint:
-        raise UsageError(
-            f"--data {args.data}: not the data that {run_dir} was started on "
-            f"({record['data_fingerprint']} there, {data.fingerprint} here)"
-        )
+    for what, flag in (("tokenizer", f"--model {args.model}"), ("data", f"--data {args.data}")):
+        there, here = record[f"{what}_fingerprint"], getattr(data, "fingerprint" if what == "data" else f"{what}_fingerprint")
+        if there != here:
+            raise UsageError(f"{flag}: not the {what} that {run_dir} was started on ({there} there, {here} here)")
     if str(ranks.dtype) != f"torch.{record['products']}":
         ranks.dtype = getattr(torch, record["products"])
         ranks.say(f"resume    products in {record['products']}, as the run was started")
-    fixed = {k: v for k, v in sorted(record["args"].items()) if k not in MAY_CHANGE}
-    return hashlib.sha256(json.dumps([script, fixed, data.fingerprint]).encode()).hexdigest()[:16]
+    return _fixed(record["args"], script) | dict(
+        data_fingerprint=data.fingerprint, tokenizer_fingerprint=data.tokenizer_fingerprint
+    )
+
+
+def versions():
+    """Versions of Python and of the packages that results depend on."""
+    packages = ("torch", "transformers", "datasets", "numpy")
+    return {p: importlib.metadata.version(p) for p in packages} | {"python": sys.version.split()[0]}
+
+
+LOCK, OWNER = ".lock", ".owner.json"
+BEAT_S, PATIENCE_S = 10, 40  # a holder on another machine has gone once its mark has not moved for so long
+_held = {}
+
+
+def lock_run(run_dir, ranks):
+    """Hold the run directory until `end_run` or the end of this process.
+
+    On one machine the operating system's file lock decides, and ends with its holder. Shared file systems may not carry
+    it from host to host, so the holder also touches a mark every 10 s: where the mark was left by another machine (or
+    the file system knows no locks), 40 s without a touch say that its holder has gone.
+
+    Raises:
+        UsageError: another process holds it; names its host and process id.
+    """
+    import filelock
+
+    key, mark, lock = run_dir.resolve(), run_dir / OWNER, filelock.FileLock(run_dir / LOCK)
+    if key in _held:
+        return
+    free, certain = True, True
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        free = False
+    except (NotImplementedError, OSError) as error:
+        ranks.say(f"lock      no file locks under {run_dir} ({first_line(error)})")
+        certain = False
+    try:
+        owner = json.loads(mark.read_text())
+    except (OSError, ValueError):  # none, or not whole yet
+        owner = None
+    holder = f"process {owner['pid']} on {owner['host']}, since {owner['since']}" if owner else "another process"
+    if free and owner and not (certain and owner["machine"] == _machine()):
+        ranks.say(f"lock      {run_dir} was held by {holder}; waiting {PATIENCE_S} s for a sign of life")
+        touched, until = mark.stat().st_mtime_ns, time.monotonic() + PATIENCE_S
+        while free and mark.exists() and time.monotonic() < until:
+            time.sleep(0.5)
+            free = not mark.exists() or mark.stat().st_mtime_ns == touched
+    if not free:
+        lock.release()
+        raise UsageError(f"--run-dir {run_dir}: in use by {holder}; stop it or name another folder")
+    if owner:
+        ranks.say(f"lock      {run_dir} was left by {holder}, which has gone; taken over")
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    write_whole(mark, json.dumps(dict(host=socket.gethostname(), pid=os.getpid(), since=since, machine=_machine())))
+    _held[key] = lock
+
+    def beat():
+        while key in _held:
+            with contextlib.suppress(OSError):
+                os.utime(mark)
+            time.sleep(BEAT_S)
+
+    threading.Thread(target=beat, daemon=True).start()
+    atexit.register(_unlock, key)
+
+
+def _unlock(key):
+    if key in _held:
+        (key / OWNER).unlink(missing_ok=True)
+        _held.pop(key).release()
+
+
+def end_run(run_dir, ranks, exit_code=0):
+    """Let all ranks come here (none leaves while another is at work), free the run directory, and leave if it went wrong."""
+    ranks.barrier()
+    _unlock(run_dir.resolve())
+    if exit_code:
+        raise SystemExit(exit_code)
+
+
+def _machine():
+    """The running operating system: two containers on one are the same, a restarted host is another."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else socket.gethostname()
+
+
+class StopSignal:
+    """Turns SIGTERM, SIGUSR1 and the first SIGINT into `name`, which the loop reads; a second SIGINT ends the process."""
+
+    def __init__(self):
+        self.name, numbers = "", [signal.SIGINT, signal.SIGTERM, *filter(None, [getattr(signal, "SIGUSR1", None)])]
+        self.before = {number: signal.signal(number, self.note) for number in numbers}
+
+    def note(self, number, frame):
+        self.name = self.name or signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the system ends the process, whatever it waits for
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def commit():
@@ -129,6 +240,12 @@ class MetricsFile:
     def size(self):
         return self.file.seek(0, os.SEEK_END) if self.file else 0
 
+    def saved(self):
+        """Size once all of it is on the disk: what a checkpoint may rely on."""
+        if self.file:
+            os.fsync(self.file.fileno())
+        return self.size()
+
 
 def make_optimizer(model, lr, weight_decay):
     """AdamW with decay on matrices alone; its moments exist from the start, so that every checkpoint holds them all.
@@ -143,58 +260,6 @@ def make_optimizer(model, lr, weight_decay):
         step = torch.zeros((), dtype=torch.float32, device=p.device)
         optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
     return optimizer
-
-
-def _state(model, optimizer):
-    named = dict(model.named_parameters())
-    return {"model": {n: p.detach() for n, p in named.items()}, "optimizer": {n: optimizer.state[p] for n, p in named.items()}}
-
-
-def save_checkpoint(folder, step, model, optimizer, identity, metrics_size, keep_last, ranks):
-    """Write `step_000100/` under another name, `meta.json` last, rename; then drop all but the last `keep_last` (0: none).
-
-    Learning rate, data position and random numbers are functions of (seed, step, rank): the step is all of their state.
-    """
-    final, temporary = folder / f"step_{step:06d}", folder / f"step_{step:06d}.tmp"
-    if ranks.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    ranks.barrier()
-    with warnings.catch_warnings():  # that one process saves for itself is what is meant
-        warnings.simplefilter("ignore", UserWarning)
-        dcp.save(_state(model, optimizer), checkpoint_id=temporary, no_dist=ranks.world_size == 1)
-    if ranks.rank == 0:
-        meta = dict(step=step, identity=identity, metrics_size=metrics_size, world_size=ranks.world_size)
-        write_whole(temporary / "meta.json", json.dumps(meta))
-        shutil.rmtree(final, ignore_errors=True)  # one that lost its marker
-        temporary.rename(final)
-        for old in _complete(folder)[:-keep_last] if keep_last else []:
-            shutil.rmtree(old)
-    ranks.barrier()
-
-
-def _complete(folder):
-    found = [f.parent for f in folder.glob("step_*[0-9]/meta.json")]
-    return sorted(found, key=lambda f: int(f.name.removeprefix("step_")))
-
-
-def load_checkpoint(folder, model, optimizer, identity, ranks):
-    """Read the last complete checkpoint in place; returns its step and size of the metrics file, or 0, 0 if there is none.
-
-    Raises:
-        UsageError: it was taken of another run.
-    """
-    complete = _complete(folder)
-    if not complete:
-        return 0, 0
-    meta = json.loads((complete[-1] / "meta.json").read_text())
-    if meta["identity"] != identity:
-        raise UsageError(f"--checkpoint-dir: {complete[-1]} was taken of a run with other arguments or data; name another folder")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        dcp.load(_state(model, optimizer), checkpoint_id=complete[-1], no_dist=ranks.world_size == 1)
-    ranks.say(f"resume    from {complete[-1]}")
-    return meta["step"], meta["metrics_size"]
 
 
 # ---------------------------------------------------------------------------------------------- tracking, progress, report
@@ -222,6 +287,8 @@ class Tracker:
                 found = self.client.get_experiment_by_name("wmtp")
                 place = f"{runs.as_uri()}/mlartifacts"
                 number = found.experiment_id if found else self.client.create_experiment("wmtp", place)
+                if "mlflow" in known:
+                    self.client.update_run(known["mlflow"], status="RUNNING")
                 self.id = known.get("mlflow") or self.client.create_run(number, tags=tags, run_name=run_dir.name).info.run_id
                 if "mlflow" not in known:
                     self.client.log_batch(self.id, params=[mlflow.entities.Param(k, str(v)[:500]) for k, v in vars(args).items()])
