@@ -444,3 +444,26 @@ def test_help_is_the_manual():
         checkpoint-dir""".split()
     manual = done.stdout[done.stdout.index("─ options ─") :]
     assert re.findall(r"^│ --([a-z-]+)", manual, re.MULTILINE) == order
+
+
+# ---------------------------------------------------------------------------------------------------------- README's recipes
+def test_cluster_recipes_are_sound_and_call_the_script_with_flags_it_has(tmp_path):
+    """The Slurm script is valid bash, the manifest valid YAML of a TrainJob; the training flags in both are this script's."""
+    import tyro
+    import yaml
+
+    blocks = dict(re.findall(r"```(bash|yaml)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+    (tmp_path / "slurm.sh").write_text(blocks["bash"])
+    assert subprocess.run(["bash", "-n", tmp_path / "slurm.sh"]).returncode == 0
+    job = yaml.safe_load(blocks["yaml"])
+    assert (job["apiVersion"], job["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
+    assert job["spec"]["trainer"]["numNodes"] == 2
+    for text in (blocks["bash"], job["spec"]["trainer"]["args"][0]):
+        words = re.search(r"torchrun (.*?)&", text.replace("\\\n", " "), re.DOTALL)[1].split()
+        here = words.index("baseline_mtp.py")
+        parsed = tyro.cli(baseline_mtp.Args, args=[w for w in words[here + 1 :] if w != '"$@"'])
+        assert parsed.checkpoint_dir == "s3://bucket/wmtp"
+        from torch.distributed.run import get_args_parser
+
+        launch = get_args_parser().parse_args(words[: here + 1])
+        assert launch.max_restarts == 3 and launch.rdzv_backend == "c10d"
