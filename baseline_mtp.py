@@ -176,6 +176,7 @@ def main(args):
     signals, stopping = StopSignal(), False
 
     # Loop: it comes round once more than there are updates, so that nothing of it has to be written again at the end
+    ranks.patience(minutes=10)  # the ranks go in step
     model.train()
     for step in range(start, args.max_steps + 1):
         last = step == args.max_steps
@@ -254,6 +255,7 @@ def main(args):
     progress.bar.close()
 
     # End: the model as others read it, then what was reached and where it lies
+    ranks.patience(minutes=120)  # rank 0 reports alone
     signals.restore()
     checkpoints.wait()
     save_model(model, tokenizer, run_dir / "model", ranks)

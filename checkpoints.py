@@ -48,7 +48,12 @@ class Checkpoints:
     def __init__(self, folder, run, keep_last, ranks):
         self.folder, self.run, self.keep_last, self.ranks = str(folder).rstrip("/"), run, keep_last, ranks
         try:
-            self.fs, self.root = url_to_fs(self.folder)
+            if self.folder.startswith(("s3:", "s3a:")):  # else each PUT waits for "100 Continue", aiohttp without a limit
+                from botocore import handlers
+
+                asks = handlers.add_expect_header
+                handlers.BUILTIN_HANDLERS[:] = [h for h in handlers.BUILTIN_HANDLERS if h[1] is not asks]
+            self.fs, self.root = url_to_fs(self.folder, skip_instance_cache=True)
         except (ValueError, ImportError) as error:
             raise UsageError(f"--checkpoint-dir {self.folder}: {first_line(error)}") from None
         self.local = isinstance(self.fs, LocalFileSystem)
@@ -89,7 +94,7 @@ class Checkpoints:
         def prepare():
             for old in (target, f"{target}.tmp") if not self.local else (f"{target}.tmp",):
                 self._remove(old)
-            self.fs.makedirs(self.root, exist_ok=True)
+            self._make_root()
             if not self.local:
                 self.fs.pipe_file(f"{target}.tmp", b"")
 
@@ -108,9 +113,6 @@ class Checkpoints:
             else:
                 self._remove(f"{target}.tmp")
             self.bad.discard(name)
-            whole = [n for n in self._names() if n not in self.bad and self.fs.exists(f"{self.root}/{n}/{META}")]
-            for old in whole[: -self.keep_last] if self.keep_last else []:
-                self._remove(f"{self.root}/{old}")
 
         try:
             self._together(prepare, on=0)
@@ -127,6 +129,18 @@ class Checkpoints:
                 print(text, file=sys.stderr, flush=True)
                 with contextlib.suppress(Exception):  # make room
                     self._remove(place)
+            return
+        try:
+            if self.ranks.rank == 0:
+                self._prune()
+        except Exception as error:  # this one is complete all the same
+            text = f"checkpoint {self.folder}: those before {name} could not be removed: {first_line(error)}"
+            print(text, file=sys.stderr, flush=True)
+
+    def _prune(self):
+        whole = [n for n in self._names() if n not in self.bad and self.fs.exists(f"{self.root}/{n}/{META}")]
+        for old in reversed(whole[: -self.keep_last] if self.keep_last else []):  # one that cannot be removed keeps no other
+            self._remove(f"{self.root}/{old}")
 
     def _together(self, work, on=None):
         """Do `work` on every rank, or on rank `on` alone; the results of all, or the first failure, raised on all alike."""
@@ -134,7 +148,7 @@ class Checkpoints:
         try:
             if on in (None, self.ranks.rank):
                 result = work()
-        except Exception as error:
+        except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception
             inner = [e for e, _ in getattr(error, "failures", {}).values()]  # of a CheckpointException
             failure = (
                 f"{type(inner[0]).__name__}: {first_line(inner[0])}" if inner else f"{type(error).__name__}: {first_line(error)}"
@@ -179,9 +193,13 @@ class Checkpoints:
         except StorageError as error:
             raise UsageError(f"--checkpoint-dir {self.folder}: cannot be read or written ({error})") from None
 
+    def _make_root(self):
+        if not self.folder.startswith(("s3:", "s3a:", "gs:", "gcs:", "az:", "abfs")):  # no folders; s3fs would make the bucket
+            self.fs.makedirs(self.root, exist_ok=True)
+
     def _probe(self):
         """Find out now, not at the first save, that nothing can be written here."""
-        self.fs.makedirs(self.root, exist_ok=True)
+        self._make_root()
         self.fs.pipe_file(f"{self.root}/.writable", b"")
         self.fs.rm_file(f"{self.root}/.writable")
 

@@ -59,7 +59,7 @@ def run_script(main, args_class, doc):
         text = str(error).replace("os error 28", f"Errno {errno.ENOSPC}")  # as safetensors has it
         if not any(f"rrno {number}" in text for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)):
             raise
-        print(f"error: rank {rank}: {text}; the last checkpoint is whole: make room, start again", file=sys.stderr, flush=True)
+        print(f"error: rank {rank}: {text}; no checkpoint was touched: make room, start again", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print(f"stopped   rank {rank} by SIGINT, outside the updates; nothing of this step is saved", file=sys.stderr, flush=True)
@@ -103,6 +103,11 @@ class Ranks:
             dist.broadcast_object_list(message, 0)
         if message[0]:
             raise UsageError(message[0])
+
+    def patience(self, minutes):
+        """From here on a collective fails once it has waited so long: a host without power or network closes no connection."""
+        if self.world_size > 1:
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(minutes=minutes))
 
     def barrier(self):
         if self.world_size > 1:
@@ -151,6 +156,9 @@ def setup_ranks(device, dtype):
         why = "the GPU has bf16" if half else "no bf16 on this device"
     chosen = torch.bfloat16 if half else torch.float32
     ranks = Ranks(int(os.environ.get("RANK", 0)), world_size, where, chosen)
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # pytorch #135712: the store outlives a restart
+        ranks.say("restarts  torchrun may fail to restart workers: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it")
     ranks.say(f"device    {where.type}, {world_size} rank(s), products in {str(chosen)[6:]} ({why}), master weights in float32")
     return ranks
 

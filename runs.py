@@ -46,7 +46,7 @@ def open_run(args, script, ranks):
                     raise UsageError(f"--run-dir {run_dir}: holds a run with other arguments ({differ})")
                 if not (run_dir / "model").is_dir():
                     lock_run(run_dir, ranks)
-            elif run_dir.exists() and {f.name for f in run_dir.iterdir()} - {LOCK, OWNER}:
+            elif run_dir.exists() and {f.name for f in run_dir.iterdir()} - {LOCK, OWNER, *UNWHOLE}:
                 raise UsageError(f"--run-dir {run_dir}: not empty and no run of this project; name a new folder")
     return run_dir, (run_dir / "model").is_dir()
 
@@ -110,6 +110,7 @@ def versions():
 
 
 LOCK, OWNER = ".lock", ".owner.json"
+UNWHOLE = (".owner.tmp", "args.tmp")  # what `write_whole` leaves in a new folder when it is killed or the disk is full
 BEAT_S, PATIENCE_S = 10, 40  # a holder on another machine has gone once its mark has not moved for so long
 _held = {}
 

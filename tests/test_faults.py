@@ -62,7 +62,7 @@ class Job:
             self.process.start()
         else:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *launcher]
-            env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
             with open(f"{out}.out", "w") as stdout, open(f"{out}.err", "w") as stderr:
                 command += [str(ROOT / "baseline_mtp.py"), *words]
                 self.process = subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr)

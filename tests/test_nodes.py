@@ -75,7 +75,7 @@ class Host:
         line = f"echo {retries} > /proc/sys/net/ipv4/tcp_retries2"
         ip("netns", "exec", self.space, "sh", "-c", line)
 
-    def torchrun(self, words, *options, **env):
+    def torchrun(self, words, *options, script=ROOT / "baseline_mtp.py", **env):
         """Start the line that is the same on both hosts, but for `options` and `env`."""
         rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "node-a:29500", "--rdzv-id", "x"]
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *rendezvous, *options]
@@ -96,7 +96,7 @@ class Host:
         ]
         env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env
         with open(self.log, "ab") as log:
-            line = [*inside, *command, ROOT / "baseline_mtp.py", *words]
+            line = [*inside, *command, script, *words]
             self.process = subprocess.Popen(line, env=env, stdout=log, stderr=subprocess.STDOUT)
 
     def said(self):
@@ -280,3 +280,23 @@ def test_without_the_host_of_the_rendezvous_the_other_ends_and_both_go_on(materi
     assert "waiting 40 s for a sign of life" in lost.said() and "which has gone; taken over" in lost.said()
     wait_for_the_end(run_dir, *hosts)
     assert_equals(run_dir, one_host)
+
+
+def test_a_rank_does_not_wait_for_a_lost_host_longer_than_its_patience(material, hosts, tmp_path):
+    """10 minutes within the updates, here 15 s; 2 hours (here 3 minutes) before and after them."""
+    run_dir, script = tmp_path / "run", tmp_path / "impatient.py"
+    script.write_text(f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+import baseline_mtp, common
+whole = common.Ranks.patience
+common.Ranks.patience = lambda self, minutes: whole(self, minutes / 40)
+common.run_script(baseline_mtp.main, baseline_mtp.Args, "")
+""")
+    start(hosts, flags(material, run_dir, max_steps=STEPS), script=script)
+    wait_until_interrupted_hurts(run_dir, *hosts)
+    stayed, lost = hosts
+    lost.die()
+    assert not (run_dir / "model").exists(), "the run ended before the host was lost"
+    seconds = wait_for(lambda: stayed.process.poll() is not None, stayed, deadline_s=60)
+    assert stayed.process.returncode == 1 and "Timed out waiting 15000ms" in stayed.said()
+    print(f"host of rank 1 lost; the other ended after {seconds:.1f} s")
