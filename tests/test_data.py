@@ -682,6 +682,10 @@ def cached(cache):
     return {f.name: (f.stat().st_mtime_ns, f.stat().st_ino) for f in (cache / "wmtp").iterdir()}
 
 
+def rows_file(loaded):
+    return Path(loaded.train.cache_files[0]["filename"]).name
+
+
 def test_the_second_load_reads_the_same_files(tmp_path, cache):
     file = write_texts(tmp_path / "a.jsonl", some_texts(60))
     first = load(file)
@@ -697,7 +701,8 @@ def test_the_second_load_reads_the_same_files(tmp_path, cache):
 def test_another_text_length_noise_or_tokenizer_is_another_file(tmp_path, cache):
     texts = some_texts(60)
     file = write_texts(tmp_path / "a.jsonl", texts)
-    seen, files = [load(file).fingerprint], set(cached(cache))
+    first, files = load(file), set(cached(cache))
+    seen = [rows_file(first)]
     for options in (
         dict(seq_len=33),
         dict(noise_frac=0.5),
@@ -705,24 +710,27 @@ def test_another_text_length_noise_or_tokenizer_is_another_file(tmp_path, cache)
         dict(noise_frac=0.25),
         dict(seed=1),
     ):
-        seen.append(load(file, **options).fingerprint)
+        loaded = load(file, **options)
+        seen.append(rows_file(loaded))
         assert set(cached(cache)) - files
+        assert (loaded.fingerprint == first.fingerprint) == ("seed" not in options)  # of the documents and their split
+        assert (loaded.tokenizer_fingerprint == first.tokenizer_fingerprint) == ("tokenizer" not in options)
         files = set(cached(cache))
     write_texts(file, [t.replace("file", "File") for t in texts])
     changed = load(file)
     assert set(cached(cache)) - files and all("File" in t for t in texts_of(changed.train) + texts_of(changed.heldout))
-    seen.append(changed.fingerprint)
-    assert len(set(seen)) == len(seen)
+    seen.append(rows_file(changed))
+    assert len(set(seen)) == len(seen) and changed.fingerprint != first.fingerprint
 
 
-def test_the_seed_of_the_noise_is_in_the_fingerprint(tmp_path, cache):
+def test_the_seed_of_the_noise_is_in_the_name_of_the_file(tmp_path, cache):
     """On a split that the seed does not move: without noise the seed changes nothing, with noise it does."""
     file = write_jsonl(tmp_path / "a.jsonl", [mbpp_task(n) for n in range(511, 640)])
-    first, files = load(file, seq_len=300).fingerprint, cached(cache)
-    assert load(file, seq_len=300, seed=1).fingerprint == first and cached(cache) == files
+    first, files = rows_file(load(file, seq_len=300)), cached(cache)
+    assert rows_file(load(file, seq_len=300, seed=1)) == first and cached(cache) == files
     noisy = load(file, seq_len=300, noise_frac=0.5)
     other = load(file, seq_len=300, noise_frac=0.5, seed=1)
-    assert len({first, noisy.fingerprint, other.fingerprint}) == 3 and len(cached(cache)) == 4
+    assert len({first, rows_file(noisy), rows_file(other)}) == 3 and len(cached(cache)) == 4
     assert records_of(noisy.train) != records_of(other.train)
 
 
@@ -735,7 +743,7 @@ def test_a_tokenizer_of_the_same_vocabulary_is_another_file(tmp_path, variant):
     special = dict(bos=([2], [1]), eos=([], [2]), lowercase=([], [1]))[next(iter(variant))]
     for ids, text in zip(token_runs(second.train), texts_of(first.train, tokenizer)):
         assert ids.tolist() == special[0] + other(text, add_special_tokens=False)["input_ids"] + special[1]
-    assert first.fingerprint != second.fingerprint
+    assert first.tokenizer_fingerprint != second.tokenizer_fingerprint and rows_file(first) != rows_file(second)
 
 
 def test_what_a_killed_build_left_is_not_read(tmp_path, cache):
