@@ -308,7 +308,7 @@ def mortal(env, server, monkeypatch, tmp_path):
     use(env, server)
 
 
-@pytest.mark.parametrize("comes_back", [True, False])
+@pytest.mark.parametrize("comes_back", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_server_that_stalls_and_then_dies_during_a_save(
     material, mortal, straight, start, monkeypatch, tmp_path, capsys, comes_back
 ):
