@@ -186,14 +186,12 @@ def main(args):
             tracker.send()
         if stopping and not last:
             saved = checkpoints.wait()
-            how = (
-                "saved; the same command goes on from there"
-                if saved
-                else "not saved; the same command goes on from the one before"
-            )
+            kept, place = ("saved", "there") if saved else ("not saved", "the one before")
+            how = f"{kept}; the same command goes on from {place}"
             progress.say(f"stopped   {signals.name or 'another rank'} after update {step} of {args.max_steps}, {how}")
             tracker.finish([run_dir / "args.json", run_dir / "metrics.jsonl"], status="KILLED")
-            return end_run(run_dir, ranks, exit_code=0 if saved else 1)
+            end_run(run_dir, ranks)
+            raise SystemExit(0 if saved else 1)
         if step > 0 and (last or (args.eval_every and step % args.eval_every == 0)):
             batches = heldout_batches(data, micro_batch_size, args.num_heads, ranks)
             heldout = evaluate_heldout(model, batches, data, args.num_heads, ranks)
@@ -223,7 +221,7 @@ def main(args):
             objective = (weight_KBT * loss_KBT).sum() / num_valid
             objective.backward()
             weights = weight_KBT[0] * (batch.targets_KBT[0] != IGNORE)
-            stop = objective.new_tensor(bool(signals.name))  # goes round with the figures: all ranks stop at the same update
+            stop = objective.new_full((), bool(signals.name))  # goes round with the figures: all ranks stop at the same update
             figures = [stop, objective, weights.sum(), weights.square().sum(), weights.max(), *loss_KBT.sum((1, 2))]
             sums.append(torch.stack(figures).detach())
         grad_norm = clip_gradients(model, args.grad_clip)

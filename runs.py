@@ -92,16 +92,15 @@ def record_run(run_dir, args, script, data, ranks):
                           versions=versions(), **commit())  # fmt: skip
             write_whole(file, json.dumps(record, indent=1))
     record = json.loads(file.read_text())
-    for what, flag in (("tokenizer", f"--model {args.model}"), ("data", f"--data {args.data}")):
-        there, here = record[f"{what}_fingerprint"], getattr(data, "fingerprint" if what == "data" else f"{what}_fingerprint")
-        if there != here:
-            raise UsageError(f"{flag}: not the {what} that {run_dir} was started on ({there} there, {here} here)")
+    made_of = dict(tokenizer_fingerprint=data.tokenizer_fingerprint, data_fingerprint=data.fingerprint)
+    for flag, (name, here) in zip((f"--model {args.model}", f"--data {args.data}"), made_of.items()):
+        if record[name] != here:
+            what = name.removesuffix("_fingerprint")
+            raise UsageError(f"{flag}: not the {what} that {run_dir} was started on ({record[name]} there, {here} here)")
     if str(ranks.dtype) != f"torch.{record['products']}":
         ranks.dtype = getattr(torch, record["products"])
         ranks.say(f"resume    products in {record['products']}, as the run was started")
-    return _fixed(record["args"], script) | dict(
-        data_fingerprint=data.fingerprint, tokenizer_fingerprint=data.tokenizer_fingerprint
-    )
+    return _fixed(record["args"], script) | made_of
 
 
 @functools.cache  # 7 ms otherwise, in every save
@@ -176,12 +175,10 @@ def _unlock(key):
         _held.pop(key).release()
 
 
-def end_run(run_dir, ranks, exit_code=0):
-    """Let all ranks come here (none leaves while another is at work), free the run directory, and leave if it went wrong."""
+def end_run(run_dir, ranks):
+    """Let all ranks come here (none leaves while another is at work), then free the run directory."""
     ranks.barrier()
     _unlock(run_dir.resolve())
-    if exit_code:
-        raise SystemExit(exit_code)
 
 
 def _machine():
@@ -273,7 +270,9 @@ class Tracker:
         self.kind, self.pending, self.sent = kind if ranks.rank == 0 else "none", [], time.time()
         record = run_dir / "tracker.json"  # a resumed run goes on in the same record
         known = json.loads(record.read_text()) if record.exists() else {}
-        tags = {"run": run_dir.name, "seed": str(args.seed)} | {k: str(v) for k, v in commit().items()}
+        tags = {"run": run_dir.name, "seed": str(args.seed)}
+        if self.kind != "none":  # asks git: not on every rank
+            tags |= {k: str(v) for k, v in commit().items()}
         with self.guarded():
             if self.kind == "mlflow":
                 quick = dict(
