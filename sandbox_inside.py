@@ -1,12 +1,12 @@
-"""What runs inside the sandboxes: the program's side and the tests' side, two processes that share one socket.
+"""What runs inside the sandboxes: the nursery that starts programs, the program's side, and the tests' side.
 
-The tests never enter the program's process. `judge` runs them and asks the program's process for one value at a time:
+The tests never enter the program's process. `judge` runs them in another one and asks the program for one value at a time:
 "call this with these arguments". What comes back is data (numbers, text, containers of them, or a handle on an object
-that stays where it is), decoded and compared here, so an object with its own `__eq__`, a patched `assert`, an early
-`sys.exit(0)` or a printed marker decide nothing, and neither the tests nor the values they expect can be read.
+that stays where it is), decoded and compared by the judge, so an object with its own `__eq__`, a patched `assert`, an
+early `sys.exit(0)` or a printed marker decide nothing, and neither the tests nor the values they expect can be read.
 
 `sandbox.py` sends this module as compiled code to `python -I -S`, so it imports only what a bare interpreter has at hand.
-Messages are 4 bytes of length, then: to the program a marshalled expression (it may trust the tests' side), back JSON.
+Messages are 4 bytes of length, then: to the program a marshalled expression (it may trust the judge), back JSON.
 """
 
 import marshal
@@ -47,20 +47,131 @@ def receive(fd, most=1 << 32):
     return read(fd, length)
 
 
-# ----------------------------------------------------------------------------------------------------- the program's side
+# ------------------------------------------------------------------------------------------------------------ the nursery
 def _limit(limits):
-    """Soft and hard limits of this process, for good: `(name in resource, value)`."""
+    """Limits of this process, for good: pairs of a name in the module resource and a value."""
     import resource
 
     for name, value in limits:
-        more = 1 if name == "RLIMIT_CPU" else 0  # SIGXCPU first, which names the cause
         try:
-            resource.setrlimit(getattr(resource, name), (value, value + more))
+            resource.setrlimit(getattr(resource, name), (value, value))
         except (ValueError, OSError):
             if sys.platform == "linux":
                 raise  # elsewhere some are not to be had (RLIMIT_AS on macOS)
 
 
+def nursery(fd, clone, filter, tmpfs, limits, most):
+    """An interpreter that runs no program but forks itself for each, in namespaces of its own: no start-up to wait for.
+
+    One byte over `fd`: `a` (see `answer`) or `p` (see `program`) with the descriptors that become 3, 0 and 1 of the fork;
+    `k` ends the fork, and its exit code and CPU seconds come back. clone: number of that system call, 0 for a plain fork.
+    """
+    import gc
+    import os
+    import signal
+    import socket
+
+    for name in (
+        "bisect",
+        "collections",
+        "copy",
+        "functools",
+        "heapq",
+        "itertools",
+        "math",
+        "re",
+        "resource",
+        "string",
+        "typing",
+    ):
+        __import__(name)  # most programs do, and it takes as long as starting the interpreter
+    if clone:
+        import ctypes
+
+        libc = ctypes.PyDLL(None, use_errno=True)  # does not release the lock of the interpreter
+    server, child = socket.socket(fileno=fd), 0
+    gc.freeze()
+    while True:
+        what, fds, _, _ = socket.recv_fds(server, 1, 3)
+        if child and what in (b"k", b""):
+            (os.kill if clone else os.killpg)(child, signal.SIGKILL)
+            _, status, used = os.wait4(child, 0)
+            child = 0
+            if what:
+                send(fd, f"{os.waitstatus_to_exitcode(status)} {used.ru_utime + used.ru_stime}".encode())
+        if not what:
+            return
+        if what == b"k":
+            continue
+        ready, unready = os.pipe()
+        # every namespace there is, each new: cgroup, uts, ipc, user, pid, net and mount; SIGCHLD at the end
+        if clone:
+            ctypes.pythonapi.PyOS_BeforeFork()
+            child = libc.syscall(clone, 0x7E020000 | signal.SIGCHLD, 0, 0, 0, 0)
+            ctypes.pythonapi.PyOS_AfterFork_Parent() if child else ctypes.pythonapi.PyOS_AfterFork_Child()
+        else:
+            child = os.fork()
+        if child == 0:
+            try:
+                os.dup2(unready, 99)
+                if clone:
+                    _confine(libc, ctypes, tmpfs)
+                os.setsid()
+                null = os.open(os.devnull, os.O_RDWR)
+                for to, one in enumerate([*(fds[1:] or (null, null)), null, fds[0]]):
+                    os.dup2(one, 100 + to)
+                for to in range(4):
+                    os.dup2(100 + to, to)
+                os.closerange(4, 99)
+                os.closerange(100, 4096)
+                _limit(limits)
+                if clone:
+                    _filter(libc, ctypes, filter)
+                os.write(99, b"ready")
+                os.close(99)
+            except BaseException as error:
+                os.write(99, f"{type(error).__name__}: {error}".encode())
+                os._exit(1)
+            answer(3, most) if what == b"a" else program(3)
+        os.close(unready)
+        said = os.read(ready, 500).decode() if child > 0 else os.strerror(ctypes.get_errno())
+        if said != "ready":  # nothing runs unless it is confined
+            sys.exit(f"no program can be confined: {said}")
+        for one in (ready, *fds):
+            os.close(one)
+
+
+def _confine(libc, ctypes, tmpfs):
+    """In the new namespaces: uid of nobody, an own /tmp, no /proc; then no capability."""
+
+    def done(result):
+        if result != 0:
+            raise OSError(ctypes.get_errno(), "the sandbox cannot confine a program")
+
+    for file, text in (("setgroups", b"deny"), ("uid_map", b"65534 65534 1"), ("gid_map", b"65534 65534 1")):
+        fd = posix.open(f"/proc/self/{file}", posix.O_WRONLY)
+        posix.write(fd, text)
+        posix.close(fd)
+    nosuid_nodev, read_only = 6, 1
+    done(libc.mount(b"tmpfs", b"/tmp", b"tmpfs", nosuid_nodev, tmpfs.encode()))
+    # Where root started us, nobody owns root's files: of /proc, kernel.core_pattern, a command that the kernel runs.
+    done(libc.mount(b"tmpfs", b"/proc", b"tmpfs", nosuid_nodev | read_only, b"size=4k"))
+    posix.chdir("/tmp")
+    header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    done(libc.capset(header, nothing))
+
+
+def _filter(libc, ctypes, filter):
+    """Install a system call filter (bubblewrap has seen to no_new_privs)."""
+
+    class Program(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ushort), ("rows", ctypes.c_char_p)]
+
+    if libc.prctl(22, 2, ctypes.byref(Program(len(filter) // 8, filter)), 0, 0):  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+        raise OSError(ctypes.get_errno(), "no system call filter")
+
+
+# ----------------------------------------------------------------------------------------------------- the program's side
 def _module(name):
     """An empty module for the program, known by its name, as dataclasses and pickle want it."""
     import builtins
@@ -111,8 +222,8 @@ def encode(value, handles):
     return f'{{"h":{len(handles) - 1}}}'
 
 
-def answer(fd, limits, most):
-    """The program's process: evaluate what the tests' side asks for, until it closes; the first request is the program."""
+def answer(fd, most):
+    """The program's process: evaluate what the judge asks for, until it closes; the first request runs the program."""
     import builtins
 
     class Names(dict):
@@ -123,7 +234,6 @@ def answer(fd, limits, most):
     handles = []
     known = Names(G=_module("candidate"), H=handles.__getitem__, inf=float("inf"), nan=float("nan"))
     clean = {"__builtins__": dict(builtins.__dict__)}
-    _limit(limits)
     while True:
         try:
             request = receive(fd)
@@ -142,19 +252,22 @@ def answer(fd, limits, most):
         send(fd, reply.encode())
 
 
-def program(fd, limits):
+def program(fd):
     """A program that reads standard input and writes standard output: its source comes over `fd`, its exception goes back."""
     source = receive(fd).decode("utf-8", "surrogatepass")
-    names = _module("__main__")
-    _limit(limits)
+    names, code = _module("__main__"), 0
     try:
         exec(compile(source, "candidate.py", "exec", dont_inherit=True), names)
-        sys.stdout.flush()
-    except SystemExit:
-        raise
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException as error:
         send(fd, f"{type(error).__name__}: {error}"[:500].encode("utf-8", "replace"))
-        raise SystemExit(1) from None
+        code = 1
+    import threading
+
+    threading._shutdown()  # waits for the threads it left
+    sys.stdout.flush()
+    posix._exit(code & 255)
 
 
 # ------------------------------------------------------------------------------------------------------- the tests' side
@@ -269,13 +382,11 @@ def judge(fd, source, given, names, tests, most):
 
 
 def serve(fd, limits, most):
-    """The tests' process: judge what comes over `fd`, each job with a socket to its program, and answer with the verdict."""
+    """The judge's process: judge what comes over `fd`, each job with a socket to its program, and answer with the verdict."""
     import json
     import os
     import socket
 
-    for name in ("collections", "copy", "functools", "itertools", "math", "random", "re", "string", "typing"):
-        __import__(name)  # as most prompts do
     _limit(limits)
     server = socket.socket(fileno=fd)
     while True:
