@@ -69,7 +69,7 @@ class Limits:
 
     wall_s: float = 10.0
     """seconds from the start of its interpreter; the reference solution of MBPP's task 123 takes up to 5"""
-    cpu_s: int = 10
+    cpu_s: int = 15
     memory_mib: int = 1024
     """address space, not resident memory"""
     file_mib: int = 16
@@ -227,29 +227,35 @@ class _Bench:
     def __init__(self, sandbox):
         self.sandbox, self.limits = sandbox, sandbox.limits
         self.nursery = self.judge = None
+        self.reason = ""
 
     def close(self):
         for process in filter(None, (self.nursery, self.judge)):
             process.close()
 
+    @contextlib.contextmanager
+    def _working(self):
+        """Raises RuntimeError where the nursery itself fails: no program's fault, and nothing to score."""
+        try:
+            yield
+        except OSError:
+            os.killpg(self.nursery.process.pid, signal.SIGKILL)
+            self.reason += self.nursery.process.stderr.read().decode(errors="replace")
+            raise RuntimeError(f"the sandbox failed: {(self.reason.strip() or 'no reason given').splitlines()[-1]}") from None
+
     def start(self, what, *fds):
         """Start a program in the nursery."""
         if self.nursery is None:
             self.nursery = self.sandbox.nursery()
-        self.nursery.send(what, fds)
+        with self._working():
+            self.nursery.send(what, fds)
 
     def end(self):
-        """End the program, whatever it does; (exit code or minus its signal, CPU seconds).
-
-        Raises RuntimeError where the nursery itself has failed: no program's fault."""
-        try:
+        """End the program, whatever it does; (exit code or minus its signal, CPU seconds)."""
+        with self._working():
             self.nursery.channel.sendall(b"k")
             code, cpu_s = self.nursery.receive(time.monotonic() + 60).split()
             return int(code), float(cpu_s)
-        except OSError:
-            os.killpg(self.nursery.process.pid, signal.SIGKILL)
-            said = self.nursery.process.stderr.read().decode(errors="replace").strip().splitlines()
-            raise RuntimeError(f"the sandbox failed: {said[-1] if said else 'no reason given'}") from None
 
     def score(self, job):
         """The `Verdict` on a program."""
@@ -306,7 +312,8 @@ class _Bench:
                 with contextlib.suppress(ConnectionError):
                     ours.sendall(len(text).to_bytes(4, "little") + text)
                 data = _read(stdout, self.limits.output_kib * 1024, deadline)
-                said = b"" if data is None else ours.recv(4096)[4:]  # it waits until the program has gone
+                ours.settimeout(max(0.001, deadline - time.monotonic()))
+                said = b"" if data is None else ours.recv(4096)[4:]  # waits until the program has gone
             except TimeoutError:
                 return "timed out", ""
             except ConnectionError:
@@ -322,7 +329,7 @@ class _Bench:
 
     def _ending(self, code, cpu_s):
         """How a program ended that was not done, in words."""
-        if code == -signal.SIGKILL and cpu_s >= self.limits.cpu_s - 0.1:
+        if code == -signal.SIGKILL and cpu_s > self.limits.cpu_s / 2:  # the limit counts in clock ticks, so not exactly
             return "used up its CPU time"
         if code == -signal.SIGKILL:
             return "was ended or closed its channel"

