@@ -164,10 +164,10 @@ def _bwrap(path):
 def _system_calls():
     """The number of clone, and a filter (classic BPF): no new process, no tracing, no memory that the limits do not count."""
     both = [425, 428, 429, 430, 432, 447]  # io_uring_setup, open_tree, move_mount, fsopen, fsmount, memfd_secret
-    machines = {  # fork vfork | ptrace process_vm_* unshare setns mount keyctl add_key request_key bpf perf_event_open
+    machines = {  # fork vfork | ptrace process_vm_* unshare setns mount umount2 keyctl add_key request_key bpf perf_event_open
         # userfaultfd | memfd_create shmget msgget mq_open; and clone
-        "x86_64": (0xC000003E, 56, [57, 58, 101, 310, 311, 272, 308, 165, 250, 248, 249, 321, 298, 323, 319, 29, 68, 240]),
-        "aarch64": (0xC00000B7, 220, [117, 270, 271, 97, 268, 40, 219, 217, 218, 280, 241, 282, 279, 194, 186, 180]),
+        "x86_64": (0xC000003E, 56, [57, 58, 101, 310, 311, 272, 308, 165, 166, 250, 248, 249, 321, 298, 323, 319, 29, 68, 240]),
+        "aarch64": (0xC00000B7, 220, [117, 270, 271, 97, 268, 40, 39, 219, 217, 218, 280, 241, 282, 279, 194, 186, 180]),
     }
     if platform.machine() not in machines:
         raise UsageError(f"--sandbox bwrap: no system call filter for {platform.machine()}; runs on {' and '.join(machines)}")

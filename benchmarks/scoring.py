@@ -70,7 +70,7 @@ def main():
             for form in FORMS if number % 2 == 0 else reversed(FORMS):
                 loads.append(os.getloadavg()[0])
                 command = [sys.executable, __file__, "--form", form, "--file", str(file), "--workers", str(args.workers)]
-                done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(done.stderr)
                 taken[form].append(float(done.stdout.split()[-1]))

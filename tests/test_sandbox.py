@@ -5,6 +5,7 @@ import ast
 import gzip
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -105,6 +106,7 @@ def test_helpers_are_the_tests_own(box):
         "math.fabs(f(1)) < 1",
     ):
         assert verdict(box, source, f"assert {test}", given=given).why == "wrong answer"
+    assert "NameError" in verdict(box, "pass", given="def f(x):\n    return 2\n").why
 
 
 def test_values_arrive_as_they_were(box):
@@ -187,13 +189,47 @@ HOSTILE = {
 }  # fmt: skip
 
 
+STOPPED = {  # how each ends
+    "fork bomb": "raised PermissionError",
+    "subprocess": "raised PermissionError",
+    "thread bomb": "raised RuntimeError: can't start new thread|timed out|used up",
+    "memory bomb": "ran out of memory",
+    "mapped memory": "raised OSError: .Errno 12|ran out of memory",
+    "memory without address": "raised PermissionError",
+    "disk fill": "raised OSError: .Errno 28",
+    "many files": "raised OSError: .Errno 28",
+    "many descriptors": "raised OSError: .Errno 24",
+    "daemon": "raised PermissionError",
+    "endless loop": "used up its CPU time",
+    "sleep": "timed out",
+    "ignored signals": "used up its CPU time",
+    "endless output": "used up its CPU time",
+    "deep recursion": "used up its CPU time|was ended|raised|ran out of memory|timed out",
+    "own end": "was ended by SIGSEGV",
+    "huge exit": "raised SystemExit: xxx",
+    "huge error": "raised ValueError: xxx",
+    "huge number": "raised OverflowError",
+    "endless number": "timed out|wrong answer .MemoryError|its tests ended",
+    "kill all": "wrong answer .NameError",
+    "new namespace": "raised AssertionError",
+    "clone": "raised AssertionError",
+    "mount": "raised AssertionError",
+    "ptrace": "raised AssertionError",
+    "closed descriptors": "was ended or closed its channel|exited with",
+    "doubled descriptors": "exited with|was ended or closed its channel",
+    "links": "raised OSError",
+    "core pattern": "raised FileNotFoundError",
+}
+
+
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile(box, what, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "file").write_text("left alone")
     before, began = host(tmp_path), time.monotonic()
     said = verdict(box, HOSTILE[what])
-    assert not said.passed and len(said.why) <= 300 and time.monotonic() - began < 3 * LIMITS.wall_s
+    assert not said.passed and re.match(STOPPED[what], said.why) and len(said.why) <= 300, said
+    assert time.monotonic() - began < 3 * LIMITS.wall_s
     assert wait_for(lambda: host(tmp_path) == before)
 
 
@@ -253,15 +289,20 @@ def talks():
         return type(error).__name__
 def me():
     return os.getuid(), os.getpid(), sorted(os.environ), os.listdir('/dev')
+def rights():
+    import ctypes
+    rights = (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capget((ctypes.c_uint32 * 2)(0x20080522, 0), rights) == 0
+    return list(rights)
 def leave():
     open('/tmp/left', 'w').write('x')
 """
     tests = (
         "assert sees() == ([], [], [])\nassert writes() == []\nassert talks() in ('OSError', 'ConnectionRefusedError')\n"
         "uid, pid, environment, devices = me()\nassert (uid, pid) == (65534, 1) and set(environment) <= {'PWD', 'LC_CTYPE'}\n"
-        "assert set(devices) == {'null', 'urandom'}\nleave()"
+        "assert set(devices) == {'null', 'urandom'}\nassert rights() == [0] * 6\nleave()"
     )
-    names = ("sees", "writes", "talks", "me", "leave")
+    names = ("sees", "writes", "talks", "me", "rights", "leave")
     for _ in range(2):  # the second finds nothing of the first
         assert verdict(box, source, tests, names).why == "passed"
     with pytest.raises(TimeoutError):
@@ -330,10 +371,11 @@ def test_none_needs_the_flag_and_says_what_is_open():
 @pytest.mark.parametrize(
     ("script", "reason"),
     [("echo 'setting up uid map: Permission denied' >&2; exit 1", "uid map: Permission denied"),
-     ('while [ "$1" != --chdir ]; do shift; done; shift 2; exec "$@"', "no program can be confined|its probe")],
+     ('while [ "$1" != --chdir ]; do shift; done; shift 2; exec "$@"', "no program can be confined|its probe"),
+     ('while [ "$1" != --chdir ]; do shift; done; shift 2; exec setpriv --no-new-privs "$@"', "no program can be|its probe: wrong")],
 )  # fmt: skip
 def test_a_sandbox_that_does_not_isolate_is_refused(tmp_path, monkeypatch, script, reason):
-    """A bubblewrap that cannot, and one that only runs its command."""
+    """A bubblewrap that cannot, and two that only run their command."""
     fake = tmp_path / "bwrap"
     fake.write_text(f"#!/bin/sh\n{script}\n")
     fake.chmod(0o755)
