@@ -378,10 +378,11 @@ class Sandbox:
     def run_all(self, jobs, workers=None, progress=None):
         """Yield `(job.id, Verdict)` for each job, as they end (not in order).
 
-        workers: programs at a time; by default one for each core this process may use.
+        workers: programs at a time; by default one more than the cores this process may use, as the kernel takes a while to
+            make and unmake namespaces.
         progress: called with the number of jobs done so far.
         """
-        workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+        workers = workers or 1 + (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
         jobs, running, done = iter(jobs), {}, 0
         benches, free = [_Bench(self) for _ in range(workers)], queue.SimpleQueue()
         for bench in benches:
