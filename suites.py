@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import gzip
 import json
+import warnings
 
 from common import UsageError, first_line
 from sandbox import Job
@@ -58,7 +59,9 @@ def load_problems(suite, path=None, say=print, shots=3):
         if lacking := [c for c in columns if record.get(c) is None]:
             raise UsageError(f"{where}: record {number} lacks {', '.join(lacking)}; {suite} needs {', '.join(columns)}")
     try:
-        problems = make(records, where, shots)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # escapes such as "\\d" in MBPP's solutions
+            problems = make(records, where, shots)
     except (TypeError, KeyError, AttributeError, SyntaxError) as error:
         raise UsageError(f"{where}: not in the form of {suite} ({type(error).__name__}: {first_line(error)})") from error
     if len(problems) < len(records):
