@@ -374,13 +374,8 @@ def build_model(name, num_heads, seq_len=None, recompute="none"):
             raise UsageError(f"--model {name}: no such file")
         model, tokenizer = from_config(_read_config(name, path), num_heads), load_tokenizer(path.parent)
     else:
-        model, tokenizer = load_mtp(name, num_heads, add_heads=True), load_tokenizer(_model_dir(name))
-    rows, known = model.causal_lm.lm_head.weight.shape[0], len(tokenizer)
-    if not 0 <= rows - known < 1024:  # families pad their vocabulary to round numbers: 399 rows in Qwen2.5-7B
-        raise UsageError(
-            f"--model {name}: its vocabulary has {rows} entries, its tokenizer {known}; at least {known} and fewer "
-            f"than {known + 1024} fit, so give --model a folder whose tokenizer is its own"
-        )
+        model, tokenizer = load_mtp(name, num_heads, add_heads=True), load_tokenizer(model_dir(name))
+    check_vocabulary(name, model, tokenizer)
     longest = getattr(model.causal_lm.config, "max_position_embeddings", None) or math.inf
     if (seq_len or 0) > longest:
         raise UsageError(f"--seq-len {seq_len}: --model {name} has positions for {longest} tokens at most")
@@ -388,6 +383,16 @@ def build_model(name, num_heads, seq_len=None, recompute="none"):
     if recompute == "all":
         model.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
     return model, tokenizer
+
+
+def check_vocabulary(name, model, tokenizer):
+    """Refuse a tokenizer that is not the model's own, by the sizes of the two vocabularies."""
+    rows, known = model.causal_lm.lm_head.weight.shape[0], len(tokenizer)
+    if not 0 <= rows - known < 1024:  # families pad their vocabulary to round numbers: 399 rows in Qwen2.5-7B
+        raise UsageError(
+            f"--model {name}: its vocabulary has {rows} entries, its tokenizer {known}; at least {known} and fewer "
+            f"than {known + 1024} fit, so give --model a folder whose tokenizer is its own"
+        )
 
 
 def load_tokenizer(folder):
@@ -436,7 +441,7 @@ def load_mtp(name, num_heads=None, add_heads=False):
     Raises:
         UsageError: no such model; another number of heads asked for than the files hold.
     """
-    folder = _model_dir(name)
+    folder = model_dir(name)
     if (Path(folder) / "consolidated.pth").exists():
         try:
             model = _load_meta(Path(folder))
@@ -474,7 +479,7 @@ def _read_config(name, path):
         raise UsageError(f"--model {name}: not a preset (tiny), nor a model that can be read ({first_line(error)})") from error
 
 
-def _model_dir(name):
+def model_dir(name):
     inside = Path(name) / "model"
     return str(inside) if (inside / "config.json").exists() else str(name)
 

@@ -154,7 +154,7 @@ def _read_documents(name):
         if loaded.features[column].dtype not in ("string", "large_string") or (column == "prompt" and None in loaded[column]):
             raise UsageError(f"--data {name}: the column {column} holds something else than text")
     if {"task_id", "text", "code", "test_list"} <= columns:
-        return loaded.map(_mbpp_record, remove_columns=loaded.column_names), loaded["task_id"]
+        return loaded.map(mbpp_record, remove_columns=loaded.column_names), loaded["task_id"]
     if {"prompt", "completion"} <= columns:
         return loaded.select_columns(["prompt", "completion"]).filter(lambda r: bool(r["completion"])), None
     for column in ("text", "content"):
@@ -183,7 +183,7 @@ def _stdlib():
     return texts
 
 
-def _mbpp_record(record):
+def mbpp_record(record):
     """The prompt of the MBPP paper (2108.07732): the text never names the function, so the tests stand in the prompt."""
     tests = "\n".join(record["test_list"])
     prompt = (
@@ -244,9 +244,9 @@ def _packed_rows(documents, tokenizer, seq_len, noise_frac, seed):
         if noise_frac:
             noisy = [_with_noise(text, noise_frac, (seed, number + i)) for i, text in enumerate(texts)]
             texts, marks = map(list, zip(*noisy))
-        prompts = _encode(tokenizer, batch["prompt"], True, None) if "prompt" in batch else None
+        prompts = encode(tokenizer, batch["prompt"], True, None) if "prompt" in batch else None
         pieces = [pending]
-        for i, (ids, noise) in enumerate(_encode(tokenizer, texts, prompts is None, marks)):
+        for i, (ids, noise) in enumerate(encode(tokenizer, texts, prompts is None, marks)):
             if len(ids) == 0 or ids[-1] != eos:
                 ids, noise = np.append(ids, eos), np.append(noise, 0)
             tokens_4N = np.stack([ids, np.full_like(ids, number), np.ones_like(ids), noise]).astype(np.int32)
@@ -277,7 +277,7 @@ def _write_rows(file, blocks, seq_len):
             writer.write_table(pa.table([pa.FixedSizeListArray.from_arrays(f, seq_len) for f in flat], schema=schema))
 
 
-def _encode(tokenizer, texts, special_tokens, marks):
+def encode(tokenizer, texts, special_tokens, marks):
     """Token ids and noise flags of each text; `marks[i]` flags the noisy characters of text i, or is None."""
     from transformers import ByT5Tokenizer
 
@@ -324,7 +324,7 @@ def _yardsticks(documents, tokenizer):
     frequency = frequency[frequency > 0]
     return dict(
         heldout_bytes=len(stream),
-        heldout_tokens=sum(len(ids) + 1 for ids, _ in _encode(tokenizer, texts, False, None)),
+        heldout_tokens=sum(len(ids) + 1 for ids, _ in encode(tokenizer, texts, False, None)),
         order0_bits_per_byte=float(-(frequency * np.log2(frequency)).sum()),
         zlib_bits_per_byte=8 * len(zlib.compress(stream, 9)) / len(stream),
     )

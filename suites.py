@@ -1,13 +1,19 @@
-"""HumanEval, MBPP and CodeContests: problems, prompts, given solutions, pass@k. What runs programs is in `sandbox.py`."""
+"""HumanEval, MBPP and CodeContests: problems, prompts, sampled and given solutions, pass@k. `sandbox.py` runs programs."""
 
 import ast
 import collections
 import dataclasses
 import gzip
+import hashlib
 import json
+import math
+import statistics
+import time
 import warnings
 
 from common import UsageError, first_line
+from data import encode, mbpp_record
+from decoding import generate
 from sandbox import Job
 
 SUITES = ("humaneval", "mbpp", "code_contests")
@@ -131,12 +137,10 @@ def _humaneval(records, where, shots):
 
 
 def _mbpp(records, where, shots):
-    from data import _mbpp_record
-
     def unix(text):
         return text.replace("\r\n", "\n").replace("\r", "\n")
 
-    tasks = {r["task_id"]: _mbpp_record(r) for r in records}
+    tasks = {r["task_id"]: mbpp_record(r) for r in records}
     if missing := [task for task in MBPP_SHOTS[:shots] if task not in tasks]:
         raise UsageError(f"{where}: lacks task {missing[0]}, which the {shots}-shot prompt shows; use --shots 0")
     shown = "".join(f"{tasks[t]['prompt']}{tasks[t]['completion']}[DONE]\n\n" for t in MBPP_SHOTS[:shots])
@@ -203,6 +207,109 @@ def read_solutions(path, problems):
     if not jobs:
         raise UsageError(f"--solutions {path}: holds no solution")
     return jobs
+
+
+class Samples:
+    """Sampled programs and their verdicts in a file that grows: what is in it is not made again.
+
+    One file for each setting that texts depend on; a verdict counts for the limits it was reached under.
+    """
+
+    def __init__(self, file, settings):
+        self.texts, self.verdicts, lines = {}, {}, []
+        if file.exists():
+            for line in file.read_bytes().splitlines(keepends=True):
+                if not line.endswith(b"\n"):  # cut short when it was interrupted
+                    break
+                lines.append(line)
+                record = json.loads(line)
+                if "text" in record:
+                    self.texts[record["task_id"], record["sample"]] = record["text"]
+                elif "passed" in record:
+                    self.verdicts[record["task_id"], record["sample"], record["limits"]] = record["passed"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(file, "ab")
+        self.file.truncate(sum(map(len, lines)))
+        if not lines:
+            self.write(settings=settings)
+
+    def write(self, **record):
+        self.file.write(json.dumps(record).encode() + b"\n")
+        self.file.flush()
+
+    def add_text(self, task_id, sample, text):
+        self.texts[task_id, sample] = text
+        self.write(task_id=task_id, sample=sample, text=text)
+
+    def add_verdict(self, task_id, sample, limits, verdict):
+        self.verdicts[task_id, sample, limits] = verdict.passed
+        self.write(task_id=task_id, sample=sample, limits=limits, **vars(verdict))
+
+
+def sample_programs(suite, problems, model, tokenizer, num_heads, args, samples, say):
+    """Write `--n` completions of every problem into `samples`, but those that are there."""
+    longest = getattr(model.causal_lm.config, "max_position_embeddings", None) or math.inf
+    encoded, todo, too_long = encode(tokenizer, [p.prompt for p in problems], True, None), [], 0
+    for problem, (ids, _) in zip(problems, encoded):
+        ids = ids[: len(ids) - (ids[-1] == tokenizer.eos_token_id)].tolist()  # some templates end a prompt
+        fits = len(ids) + args.max_new_tokens + num_heads <= longest
+        too_long += not fits
+        for number in range(args.n):
+            if (problem.task_id, number) not in samples.texts:
+                if fits:
+                    todo.append((problem, number, ids))
+                else:
+                    samples.add_text(problem.task_id, number, "")
+    if too_long:
+        room = f"of {longest} positions for the prompt and --max-new-tokens {args.max_new_tokens}"
+        say(f"{suite:<9} {too_long} problem(s) count as failed: no room in the model's {room}")
+    kept = args.n * len(problems) - len(todo)
+    if kept and not too_long:
+        say(f"{suite:<9} {kept} of {kept + len(todo)} programs are there from before")
+    began, new_tokens, steps, told = time.time(), 0, 0, 0
+    for first in range(0, len(todo), args.batch_size):
+        part = todo[first : first + args.batch_size]
+        stops = part[0][0].stops
+        reach = max(map(len, stops)) + num_heads + 8  # tokens that the end of a stop string may be in
+
+        def finished(tokens, stops=stops, reach=reach):
+            tail = tokenizer.decode(tokens[-reach:], skip_special_tokens=True)
+            return any(stop in tail for stop in stops)
+
+        seeds = [int(hashlib.sha256(f"{args.seed} {p.task_id} {n}".encode()).hexdigest()[:12], 16) for p, n, _ in part]
+        done = generate(model, [ids for *_, ids in part], args.max_new_tokens, tokenizer.eos_token_id, num_heads=num_heads,
+                        temperature=args.temperature, top_p=args.top_p, seeds=seeds, finished=finished)  # fmt: skip
+        for (problem, number, _), tokens in zip(part, done.tokens):
+            text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            samples.add_text(problem.task_id, number, text[: min((text.find(s) for s in stops if s in text), default=len(text))])
+        new_tokens, steps, finished_now = new_tokens + done.new_tokens, steps + done.row_steps, first + len(part)
+        if finished_now == len(todo) or time.time() - told > 20:
+            told, left = time.time(), (time.time() - began) / finished_now * (len(todo) - finished_now)
+            say(f"{suite:<9} {finished_now} of {len(todo)} programs written, {left:.0f} s left")
+    return {f"{suite}/tokens_per_forward": new_tokens / steps} if steps else {}
+
+
+def score_programs(suite, jobs, sandbox, args, samples, say):
+    """pass@k and counts of `jobs`, `[(task_id, sample, Job)]`, run in the sandbox but where `samples` holds a verdict."""
+    verdicts, limits = samples.verdicts, f"{args.timeout:g} s, sandbox {args.sandbox}"
+    todo = [job for task_id, sample, job in jobs if (task_id, sample, limits) not in verdicts]
+    began = told = time.time()
+    for number, ((task_id, sample), verdict) in enumerate(sandbox.run_all(todo), start=1):
+        samples.add_verdict(task_id, sample, limits, verdict)
+        if time.time() - told > 20:
+            told = time.time()
+            say(f"{suite:<9} {number} of {len(todo)} programs run, {(told - began) / number * (len(todo) - number):.0f} s left")
+    passed = {}
+    for task_id, sample, _ in jobs:
+        passed.setdefault(task_id, []).append(verdicts[task_id, sample, limits])
+    metrics = {f"{suite}/problems": len(passed), f"{suite}/samples": len(jobs), f"{suite}/passed": sum(map(sum, passed.values()))}
+    fewest = min(map(len, passed.values()))
+    for k in sorted(set(args.k)):
+        if k > fewest:
+            say(f"{suite:<9} pass@{k} left out: {fewest} program(s) for a problem, fewer than {k}")
+        else:
+            metrics[f"{suite}/pass@{k}"] = statistics.mean(pass_at_k(len(p), sum(p), k) for p in passed.values())
+    return metrics, {str(task_id): outcomes for task_id, outcomes in passed.items()}
 
 
 def pass_at_k(n, c, k):

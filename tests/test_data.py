@@ -538,7 +538,7 @@ def test_is_noise_where_tokens_are_spaces(name, parity):
         ["é  x \n", "     b  \n", "\n", "  7   \n", "    return w\n", " \n", "漢 \n", "        ~ "],
     )
     marks = [int(n % 2 == parity and c != "\n") for n, line in enumerate(lines) for c in line]
-    ((ids, is_noise),) = data._encode(tokenizer, ["".join(lines)], True, [np.array(marks)])
+    ((ids, is_noise),) = data.encode(tokenizer, ["".join(lines)], True, [np.array(marks)])
     pieces = bytes_of_tokens(tokenizer, ids.tolist())
     flags = [m for m, c in zip(marks, "".join(lines)) for _ in c.encode()]
     ends = np.cumsum([len(p) for p in pieces])
