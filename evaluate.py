@@ -459,7 +459,7 @@ def program_suite(suite, problems, model, tokenizer, sandbox, args, results, say
     began, num_heads = time.time(), 1 if args.decode == "plain" else len(model.heads.layers)
     told = hashlib.sha256(json.dumps([(p.task_id, p.prompt, p.tests, p.cases) for p in problems]).encode()).hexdigest()[:16]
     settings = dict(temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens)
-    made_by = settings | dict(suite=suite, problems=told, model=results.values["fingerprint"], seed=args.seed, dtype=args.dtype)
+    made_by = settings | dict(problems=told, model=results.values["fingerprint"], seed=args.seed, dtype=args.dtype)
     made_by["heads_in_decoding"] = num_heads
     name = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
     problems, samples = problems[: args.limit or None], Samples(results.out / f"{suite}-{name}.jsonl", made_by)

@@ -261,7 +261,7 @@ def sample_programs(suite, problems, model, tokenizer, num_heads, args, samples,
                 else:
                     samples.add_text(problem.task_id, number, "")
     if too_long:
-        room = f"of {longest} positions for the prompt and --max-new-tokens {args.max_new_tokens}"
+        room = f"{longest} positions for the prompt and --max-new-tokens {args.max_new_tokens}"
         say(f"{suite:<9} {too_long} problem(s) count as failed: no room in the model's {room}")
     kept = args.n * len(problems) - len(todo)
     if kept and not too_long:
