@@ -131,6 +131,15 @@ def by_column(results, pattern):
     return dict(sorted(found.items()))
 
 
+def by_head(results, pattern):
+    """`{number: {what: value}}` of the keys that match; the pattern's groups are the number of a head or of heads, and what."""
+    found = {}
+    for key, value in results.items():
+        if m := re.fullmatch(pattern, key):
+            found.setdefault(int(m[1]), {})[int(m[2]) if m[2].isdigit() else m[2]] = value
+    return dict(sorted(found.items()))
+
+
 def new_figure(height, rows=1, columns=1, **options):
     """A figure 900 pixels wide and its axes `[rows, columns]`."""
     figure = Figure(figsize=(9, height), dpi=100, layout="constrained")
@@ -195,92 +204,84 @@ def draw_heads(results, history):
 
 
 def draw_positions(results, history):
-    pattern = r"heldout/acc_head_(\d+)/seen_(\d+)_to_(\d+)"
-    found = [(int(m[1]), (int(m[2]), int(m[3])), v) for key, v in results.items() if (m := re.fullmatch(pattern, key))]
+    found = by_head(results, r"heldout/acc_head_(\d+)/seen_(\d+_to_\d+)")
     if not found:
         return None
-    buckets, heads = sorted({b for _, b, _ in found}), sorted({k for k, _, _ in found})
+    buckets = sorted({b for values in found.values() for b in values}, key=lambda bucket: int(bucket.split("_")[0]))
     figure, axes = new_figure(3.8)
-    for k, colour in zip(heads, head_colours(len(heads))):
-        values = {buckets.index(b): v for head, b, v in found if head == k}
-        places = sorted(values)
-        axes[0, 0].plot(places, [values[p] for p in places], "o-", color=colour, label=f"head {k}")
-    axes[0, 0].set(xticks=range(len(buckets)), xticklabels=[f"{a}–{b}" for a, b in buckets], ylabel="accuracy", ylim=(0, None),
-                   xlabel="tokens of the row seen before the prediction",
-                   title="Held-out accuracy by position")  # fmt: skip
+    for (k, values), colour in zip(found.items(), head_colours(len(found))):
+        axes[0, 0].plot([buckets.index(b) for b in values], list(values.values()), "o-", color=colour, label=f"head {k}")
+    axes[0, 0].set_xticks(range(len(buckets)), [bucket.replace("_to_", "–") for bucket in buckets])
+    axes[0, 0].set(xlabel="tokens of the row seen before the prediction", ylabel="accuracy", ylim=(0, None))
+    axes[0, 0].set_title("Held-out accuracy by position")
     axes[0, 0].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
 def draw_classes(results, history):
-    pattern = r"heldout/acc_head_(\d+)/class_(\w+)"
-    found = {(int(m[1]), m[2]): v for key, v in results.items() if (m := re.fullmatch(pattern, key))}
+    found = by_head(results, r"heldout/acc_head_(\d+)/class_(\w+)")
     if not found:
         return None
-    heads, count = sorted({k for k, _ in found}), {}
-    for _, name in found:
-        count[name] = results.get(f"heldout/targets_head_{heads[0]}/class_{name}", 0)
+    count = {name: results.get(f"heldout/targets_head_{min(found)}/class_{name}", 0) for name in found[min(found)]}
     names = sorted(count, key=count.get)
     figure, axes = new_figure(1.3 + 0.42 * len(names))
-    for k, colour in zip(heads, head_colours(len(heads))):
-        values = {names.index(name): v for (head, name), v in found.items() if head == k}
-        lower = 0.06 * (heads.index(k) - (len(heads) - 1) / 2)  # below one another, so that none hides another
-        axes[0, 0].plot(list(values.values()), np.array(list(values)) - lower, "o", ms=7, color=colour, label=f"head {k}")
-    labels = [f"{name.replace('_', ' ')}  ({count[name]:,})" if count[name] else name for name in names]
-    axes[0, 0].set(yticks=range(len(names)), yticklabels=labels, xlabel="accuracy", xlim=(-0.02, 1.02),
-                   title="Held-out accuracy by class of the target token (number of targets of head 1)")  # fmt: skip
+    for i, ((k, values), colour) in enumerate(zip(found.items(), head_colours(len(found)))):
+        lower = 0.06 * (i - (len(found) - 1) / 2)  # below one another, so that none hides another
+        values = {names.index(name) - lower: value for name, value in values.items() if name in count}
+        axes[0, 0].plot(list(values.values()), list(values), "o", ms=7, color=colour, label=f"head {k}")
+    axes[0, 0].set_yticks(range(len(names)), [f"{name.replace('_', ' ')}  ({count[name]:,})" for name in names])
+    axes[0, 0].set(xlabel="accuracy", xlim=(-0.02, 1.02))
+    axes[0, 0].set_title(f"Held-out accuracy by class of the target token (number of targets of head {min(found)})")
     axes[0, 0].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-def speed_keys(results, name):
-    """`{batch size: {heads: value}}` of `speed/<name>_heads_k_batch_B`."""
-    sizes = sorted({int(m[1]) for key in results if (m := re.fullmatch(rf"speed/{name}_heads_\d+_batch_(\d+)(?:/.*)?", key))})
-    return {size: by_column(results, rf"speed/{name}_heads_(\d+)_batch_{size}") for size in sizes}
+def batch_sizes(results, name):
+    """Batch sizes at which `speed/<name>_heads_k_batch_B` was measured."""
+    return sorted({int(m[1]) for key in results if (m := re.fullmatch(rf"speed/{name}_heads_\d+_batch_(\d+)(?:/.*)?", key))})
 
 
 def draw_acceptance(results, history):
-    sizes = list(speed_keys(results, "accepted"))
-    if not sizes:
-        return None
     panels = {}  # rows do not see each other: usually every batch size has the same shares
-    for size in sizes:
-        heads = sorted({int(m[1]) for key in results if (m := re.match(rf"speed/accepted_heads_(\d+)_batch_{size}/", key))})
-        shares = {k: by_column(results, rf"speed/accepted_heads_{k}_batch_{size}/draft_(\d+)") for k in heads}
+    for size in batch_sizes(results, "accepted"):
+        shares = by_head(results, rf"speed/accepted_heads_(\d+)_batch_{size}/draft_(\d+)")
         same = next((other for other in panels if panels[other] == shares), None)
         panels[f"{same} and {size}" if same else str(size)] = panels.pop(same) if same else shares
+    if not panels:
+        return None
     figure, axes = new_figure(3.6, 1, len(panels), sharey=True)
     for one, (name, shares) in zip(axes[0], panels.items()):
-        for k, colour in zip(range(1, max(shares) + 1), head_colours(max(shares))):
-            if k in shares:
-                one.plot(list(shares[k]), list(shares[k].values()), "o-", color=colour, label=f"{k} heads")
+        for k, values in shares.items():
+            colour = head_colours(max(shares))[k - 1]
+            one.plot(list(values), list(values.values()), "o-", color=colour, label=f"{k} heads")
         one.set(xlabel="draft position", title=f"Greedy drafts taken at batch {name}", ylim=(0, None))
         one.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0, 0].set(ylabel="share of passes")
+    axes[0, 0].set_ylabel("share of passes")
     axes[0, -1].legend(frameon=False)
     return figure
 
 
 def draw_speed(results, history):
-    across, up = speed_keys(results, "tokens_per_forward"), speed_keys(results, "speedup")
-    if not any(up.values()):
+    sizes = [size for size in batch_sizes(results, "speedup") if size in batch_sizes(results, "tokens_per_forward")]
+    if not sizes:
         return None
     figure, axes = new_figure(4.6)
-    one, highest = axes[0, 0], 1.0
-    for (size, speedups), colour, marker in zip(up.items(), RUN_COLOURS, "os^Dv<>"):
-        points = {k: (across[size][k], speedups[k]) for k in speedups if k in across.get(size, {})}
+    one, ends = axes[0, 0], [1.0]
+    for size, colour, marker in zip(sizes, RUN_COLOURS, "os^Dv<>"):
+        up = by_column(results, rf"speed/speedup_heads_(\d+)_batch_{size}")
+        across = by_column(results, rf"speed/tokens_per_forward_heads_(\d+)_batch_{size}")
+        points = {k: (across[k], up[k]) for k in up if k in across}
         one.plot(*zip(*points.values()), marker + "-", color=colour, lw=0.6, label=f"batch {size}")
         for k, point in points.items():
-            away = (0, 7 if colour == RUN_COLOURS[0] else -15)
+            away = (0, 7 if size == sizes[0] else -15)
             one.annotate(f"{k} heads", point, away, textcoords="offset points", ha="center", fontsize=9, color=colour)
-        highest = max([highest, *(max(point) for point in points.values())])
+            ends += point
     one.axline((1, 1), slope=1, color="#777777", lw=1, ls="--", label="a pass at the cost of a plain one")
     one.axhline(1, color="#777777", lw=1, ls=":", label="plain greedy decoding")
-    warning = "" if results.get("speed/identical", True) else ": TEXTS DIFFER FROM PLAIN GREEDY"
-    end = 1 + 1.12 * (highest - 1)
-    one.set(xlabel="tokens per forward", ylabel="speed-up by the clock", title="Self-speculative greedy decoding" + warning)
-    one.set(xlim=(1, end), ylim=(min(0.9, 0.9 * min(v for values in up.values() for v in values.values())), end))
-    one.legend(frameon=False)
+    high, warning = 1 + 1.12 * (max(ends) - 1), "" if results.get("speed/identical", True) else ": TEXTS DIFFER FROM PLAIN GREEDY"
+    one.set(xlabel="tokens per forward", ylabel="speed-up by the clock", xlim=(1, high))
+    one.set(ylim=(min(ends) - 0.1 * high, high), title="Self-speculative greedy decoding" + warning)
+    one.legend(frameon=False, loc="upper left")
     return figure
 
 
@@ -315,6 +316,7 @@ table { border-collapse: collapse; margin: 0.5em 0 1.5em; font-size: 14px; displ
 td, th { padding: 2px 10px; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top }
 td:first-child, th:first-child { text-align: left }
 .words td { text-align: left; overflow-wrap: anywhere }
+.words td:first-child { white-space: nowrap }
 img { max-width: 100% }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; font: 14px/1.5 ui-monospace, monospace; border: 1px solid #ddd; padding: 8px }
 pre span:hover { outline: 1px solid #000 }
@@ -398,7 +400,7 @@ def words(value):
     """Provenance as text: `name value, name value` of a dict, a dash for None."""
     if isinstance(value, dict):
         return ", ".join(f"{k} {words(v)}" for k, v in value.items())
-    return ", ".join(map(words, value)) if isinstance(value, list) else "–" if value is None else str(value)
+    return ", ".join(map(words, value)) if isinstance(value, list) else str(value) if isinstance(value, float) else shown(value)
 
 
 def provenance_table(results):
@@ -512,34 +514,45 @@ def units(run, key):
 
 def suite_differences(first, other, suite, keys, resamples, seed):
     """`{key: [difference, low, high]}` of a suite's keys, ends None without interval, and lines on what is missing."""
-    keys = [key for key in keys if first.results.get(key) is not None and other.results.get(key) is not None]
+
+    def measured(run, key):
+        return run.results.get(key) is not None and math.isfinite(run.results[key])
+
+    keys = [key for key in keys if measured(first, key) and measured(other, key)]
     if not keys:
         return {}, []
     if suite == "speed":
         told = "speed: no intervals, since a speed-up is one figure of a run"
         return {key: [other.results[key] - first.results[key], None, None] for key in keys}, [told]
-    texts = [run.results.get("heldout_fingerprint") for run in (first, other)]
-    if suite == "heldout" and (texts[0] is None or texts[0] != texts[1]):
-        return {}, [
-            f"heldout: no differences, since the held-out texts are not the same ({words(texts[0])} and {words(texts[1])})"
-        ]
-    found = {key: pair for key in keys if None not in (pair := (units(first, key), units(other, key)))}
-    told = [f"{key}: no difference, since its documents or programs are not there" for key in keys if key not in found]
-    for key, pair in list(found.items()):
-        if pair[0][0] != pair[1][0]:
-            return {}, [
-                f"{suite}: no differences, since the {'documents' if suite == 'heldout' else 'problems'} are not the same"
-            ]
-        for run, (_, sums) in zip((first, other), pair):
-            if not math.isclose(sums[0].sum() / sums[1].sum(), run.results[key], rel_tol=1e-6, abs_tol=1e-9):
-                told.append(f"{key}: no difference, since the documents or programs of {run.name} give another figure")
-                found.pop(key, None)
+    unit, texts = "problems", [run.results.get("heldout_fingerprint") for run in (first, other)]
+    if suite == "heldout":
+        unit = "documents"
+        if texts[0] is None or texts[0] != texts[1]:
+            return {}, [f"heldout: no differences, since the texts are not the same (heldout_fingerprint {words(texts)})"]
+    found, told = {}, []
+    for key in keys:
+        pair = units(first, key), units(other, key)
+        if None in pair:
+            told.append(f"{key}: no difference, since figures by {unit[:-1]} are not there")
+        elif pair[0][0] != pair[1][0]:
+            return {}, [f"{suite}: no differences, since the {unit} are not the same"]
+        elif not all(
+            math.isclose(sums[0].sum() / sums[1].sum(), run.results[key], rel_tol=1e-6, abs_tol=1e-9)
+            for run, (_, sums) in zip((first, other), pair)
+        ):
+            told.append(f"{key}: no difference, since figures by {unit[:-1]} give another one than results.json")
+        else:
+            found[key] = [sums for _, sums in pair]
+    for name in ("temperature", "top_p"):
+        values = [run.results.get(f"{suite}/{name}") for run in (first, other)]
+        if values[0] != values[1]:
+            told.append(f"{suite}: not sampled alike ({name} {words(values)})")
     if not found:
         return {}, told
-    drawn = bootstrap([a[1] for a, _ in found.values()], [b[1] for _, b in found.values()], resamples, seed)
+    drawn = bootstrap([pair[0] for pair in found.values()], [pair[1] for pair in found.values()], resamples, seed)
     values = {key: [None if math.isnan(x) else float(x) for x in row] for key, row in zip(found, drawn)}
     if any(row[1] is None for row in values.values()):
-        told.append(f"{suite}: no intervals, since there are fewer than 2 {'documents' if suite == 'heldout' else 'problems'}")
+        told.append(f"{suite}: no intervals, since there are fewer than 2 {unit}")
     return values, told
 
 
@@ -568,32 +581,31 @@ def compare(out, runs, resamples=10_000, seed=0):
             values, lines = suite_differences(runs[0], run, suite, mine, resamples, seed)
             changes[letter] |= values
             told += [f"{letter} - A  {line}" for line in lines]
-    headings = ["", *letters, *(f"{letter} - A  [95 % interval]" for letter in letters[1:])]
-    rows = [headings]
+    names = [f"{letter}  {run.name}" for letter, run in zip(letters, runs)]
+    rows = [["", *letters, *(f"{letter} - A  [95 % interval]" for letter in changes)]]
     for key in keys:
         rows.append([row_name(key), *(shown(run.results.get(key)) for run in runs)])
-        rows[-1] += [with_interval(changes[letter].get(key)) for letter in letters[1:]]
-    names = [f"{letter}  {run.name}" for letter, run in zip(letters, runs)]
+        rows[-1] += [with_interval(change.get(key)) for change in changes.values()]
+    provenance = [{k: v for k, v in run.results.items() if "/" not in k} for run in runs]
     record = dict(
-        runs=[dict(letter=letter, name=run.name, folder=str(run.folder)) | {k: v for k, v in run.results.items() if "/" not in k}
-              for letter, run in zip(letters, runs)],
+        runs={a: dict(name=run.name, folder=str(run.folder)) | known for a, run, known in zip(letters, runs, provenance)},
         bootstrap=dict(resamples=resamples, seed=seed, level=0.95, method="paired percentile"),
         metrics={key: {letter: run.results.get(key) for letter, run in zip(letters, runs)} for key in keys},
-        differences=changes, notes=told,
-    )  # fmt: skip
+        differences=changes,
+        notes=told,
+    )
     write_whole(out / "compare.json", json.dumps(record, indent=1) + "\n")
     charts = []
     for name, title, make in (("compare_training", "Training", overlay_training), ("compare_heads", "Heads", overlay_heads)):
         if (figure := make(runs, names)) is not None:
             figure.savefig(out / f"{name}.png")
             charts.append((title, out / f"{name}.png"))
-    lines = ["<table><tr>" + "".join(f"<th>{html.escape(text)}</th>" for text in headings) + "</tr>"]
+    lines = ["<tr>" + "".join(f"<th>{text}</th>" for text in rows[0]) + "</tr>"]
     for key, row in zip(keys, rows[1:]):
-        cells = "".join(cell(key, run.results.get(key)) for run in runs)
-        cells += "".join(f"<td>{text}</td>" for text in row[1 + len(runs) :])
-        lines.append(f"<tr><td>{html.escape(row[0])}</td>{cells}</tr>")
-    lines.append("</table>" + "".join(f"<p>{html.escape(line)}</p>" for line in told))
-    sections = [("Runs", "<p>" + "<br>".join(map(html.escape, names)) + "</p>"), ("Metrics", "\n".join(lines))]
+        cells = [f"<td>{html.escape(row[0])}</td>", *(cell(key, run.results.get(key)) for run in runs)]
+        lines.append("<tr>" + "".join([*cells, *(f"<td>{text}</td>" for text in row[1 + len(runs) :])]) + "</tr>")
+    metrics = f"<table>{''.join(lines)}</table>" + "".join(f"<p>{html.escape(line)}</p>" for line in told)
+    sections = [("Runs", "<p>" + "<br>".join(map(html.escape, names)) + "</p>"), ("Metrics", metrics)]
     sections += [("Charts", images(charts))] if charts else []
     sections += [(f"Provenance of {letter}", provenance_table(run.results)) for letter, run in zip(letters, runs)]
     write_whole(out / "compare.html", page("Runs side by side", sections))
@@ -603,7 +615,7 @@ def compare(out, runs, resamples=10_000, seed=0):
 def row_name(key):
     row, number = split_key(key)
     suite = key.split("/")[0]
-    return f"{suite} {row}" + (f", {column_name(suite, number)}" if number else "")
+    return f"{suite} " * (suite != "speed") + row + (f", {column_name(suite, number)}" if number else "")
 
 
 def with_interval(change):
