@@ -512,13 +512,15 @@ def units(run, key):
     return [str(t) for t in tasks], np.stack([right, np.ones(len(tasks))])
 
 
+def measured(run, key):
+    """The figure; None where it was not measured or is not finite."""
+    value = run.results.get(key)
+    return value if value is not None and math.isfinite(value) else None
+
+
 def suite_differences(first, other, suite, keys, resamples, seed):
     """`{key: [difference, low, high]}` of a suite's keys, ends None without interval, and lines on what is missing."""
-
-    def measured(run, key):
-        return run.results.get(key) is not None and math.isfinite(run.results[key])
-
-    keys = [key for key in keys if measured(first, key) and measured(other, key)]
+    keys = [key for key in keys if None not in (measured(first, key), measured(other, key))]
     if not keys:
         return {}, []
     if suite == "speed":
@@ -590,7 +592,7 @@ def compare(out, runs, resamples=10_000, seed=0):
     record = dict(
         runs={a: dict(name=run.name, folder=str(run.folder)) | known for a, run, known in zip(letters, runs, provenance)},
         bootstrap=dict(resamples=resamples, seed=seed, level=0.95, method="paired percentile"),
-        metrics={key: {letter: run.results.get(key) for letter, run in zip(letters, runs)} for key in keys},
+        metrics={key: {letter: measured(run, key) for letter, run in zip(letters, runs)} for key in keys},
         differences=changes,
         notes=told,
     )
