@@ -31,7 +31,7 @@ LABELS = dict(loss="loss (nats)", acc="accuracy", top5="accuracy of the five mos
 
 # ------------------------------------------------------------------------------------------------------------ keys and text
 def split_key(key):
-    """Row, column and number of heads of a metric's key: ("loss", 2) of heldout/loss_head_2; column None without heads.
+    """Row and column of a metric's key: ("loss (nats)", 2) of `heldout/loss_head_2`; column None where there are no heads.
 
     `heldout/acc_head_2/class_name` is ("accuracy, class name", 2), `speed/accepted_heads_4_batch_8/draft_1`
     ("share of passes that took, batch 8, draft 1", 4).
@@ -66,7 +66,7 @@ def suites_of(results):
 def shown(value, sign=False):
     """A figure as text: four decimals, thousands apart; yes or no; a dash for what is missing or not finite."""
     if value is None or isinstance(value, float) and not math.isfinite(value):
-        return "–"
+        return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (int, np.integer)):
@@ -164,9 +164,8 @@ def draw_training(results, history):
     for row, key in ((1, "train/loss"), (2, "train/lr")):  # no means here: the objective jumps where a head joins
         if (points := series(history, key)) is not None:
             axes[row, 0].plot(*points, color="#444444", lw=0.7 if row == 1 else 1.3)
-    axes[0, 0].set(
-        ylabel="loss (nats)", title=f"Unweighted loss of each head in training ({mean_of(window)}); dots: held-out text"
-    )
+    axes[0, 0].set_title(f"Unweighted loss of each head in training ({mean_of(window)}); dots: held-out text")
+    axes[0, 0].set(ylabel="loss (nats)")
     axes[0, 0].legend(ncols=2, frameon=False)
     axes[1, 0].set(ylabel="objective (nats)")
     axes[2, 0].set(ylabel="learning rate", xlabel="update", ylim=(0, None))
@@ -278,8 +277,11 @@ def draw_speed(results, history):
             ends += point
     one.axline((1, 1), slope=1, color="#777777", lw=1, ls="--", label="a pass at the cost of a plain one")
     one.axhline(1, color="#777777", lw=1, ls=":", label="plain greedy decoding")
-    high, warning = 1 + 1.12 * (max(ends) - 1), "" if results.get("speed/identical", True) else ": TEXTS DIFFER FROM PLAIN GREEDY"
-    one.set(xlabel="tokens per forward", ylabel="speed-up by the clock", xlim=(1, high))
+    high, warning = (
+        1 + 1.12 * max(0.1, max(ends) - 1),
+        "" if results.get("speed/identical", True) else ": TEXTS DIFFER FROM PLAIN GREEDY",
+    )
+    one.set(xlabel="tokens per forward", ylabel="speed-up by the clock", xlim=(0.98, high))
     one.set(ylim=(min(ends) - 0.1 * high, high), title="Self-speculative greedy decoding" + warning)
     one.legend(frameon=False, loc="upper left")
     return figure
@@ -397,7 +399,7 @@ def metric_tables(results):
 
 
 def words(value):
-    """Provenance as text: `name value, name value` of a dict, a dash for None."""
+    """Provenance as text: `name value, name value` of a dict, floats in full, a dash for None."""
     if isinstance(value, dict):
         return ", ".join(f"{k} {words(v)}" for k, v in value.items())
     return ", ".join(map(words, value)) if isinstance(value, list) else str(value) if isinstance(value, float) else shown(value)
@@ -416,10 +418,14 @@ def page(title, sections):
     body = "".join(f"<h2>{html.escape(heading)}</h2>\n{content}\n" for heading, content in sections)
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
-        f'content="{policy}"><title>{html.escape(title)}</title><style>{STYLE}</style></head>\n'
-        f"<body><h1>{html.escape(title)}</h1>\n{body}</body></html>\n"
-    )
+        (
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
+            f'content="{policy}"><title>{html.escape(title)}</title><style>{STYLE}</style></head>\n'
+            f"<body><h1>{html.escape(title)}</h1>\n{body}</body></html>\n"
+        )
+        .encode("ascii", "xmlcharrefreplace")
+        .decode()
+    )  # whatever the locale writes
 
 
 def images(charts):
@@ -574,15 +580,15 @@ def compare(out, runs, resamples=10_000, seed=0):
     wanted = r"heldout/(loss|acc)_head_\d+|heldout/bits_per_byte|\w+/pass@\d+|speed/speedup_\w+"
     keys = [key for key in dict.fromkeys(k for run in runs for k in run.results) if re.fullmatch(wanted, key)]
     order = list(dict.fromkeys(key.split("/")[0] for key in keys))
-    lines = list(dict.fromkeys(split_key(key)[0] for key in keys))
-    keys.sort(key=lambda key: (order.index(key.split("/")[0]), lines.index(split_key(key)[0]), split_key(key)[1] or 0))
+    labels = list(dict.fromkeys(split_key(key)[0] for key in keys))
+    keys.sort(key=lambda key: (order.index(key.split("/")[0]), labels.index(split_key(key)[0]), split_key(key)[1] or 0))
     changes, told = {letter: {} for letter in letters[1:]}, []
     for letter, run in zip(letters[1:], runs[1:]):
         for suite in order:
             mine = [key for key in keys if key.startswith(suite + "/")]
-            values, lines = suite_differences(runs[0], run, suite, mine, resamples, seed)
+            values, missing = suite_differences(runs[0], run, suite, mine, resamples, seed)
             changes[letter] |= values
-            told += [f"{letter} - A  {line}" for line in lines]
+            told += [f"{letter} - A  {line}" for line in missing]
     names = [f"{letter}  {run.name}" for letter, run in zip(letters, runs)]
     rows = [["", *letters, *(f"{letter} - A  [95 % interval]" for letter in changes)]]
     for key in keys:
@@ -623,7 +629,7 @@ def row_name(key):
 def with_interval(change):
     """A difference as text: its sign, and the ends of its interval where it has one; a dash where there is none."""
     if change is None:
-        return "–"
+        return "-"
     ends = f"  [{shown(change[1], True)}, {shown(change[2], True)}]" if change[1] is not None else ""
     return shown(change[0], True) + ends
 

@@ -189,7 +189,7 @@ def test_html_holds_all_figures_and_asks_the_network_for_nothing(tmp_path):
     for key, value in metrics.items():
         exact, seen = page.cells[key]
         if isinstance(value, bool) or value is None or value != value:
-            assert seen == ("yes" if value is True else "–")
+            assert seen == ("yes" if value is True else "-")
         else:
             assert json.loads(exact) == value
             assert math.isclose(float(seen.replace(",", "")), value, abs_tol=0.0500001 if value >= 100 else 0.0000500001)
@@ -206,11 +206,11 @@ def test_text_coloured_by_weight(tmp_path):
     weight = [None, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 0.25, 2.5]
     loss = [[None, *np.arange(1.0, 9.0)], [None, None, *np.arange(11.0, 18.0)]]
     text = report.write_html(tmp_path, {"run": "r"}, [], [dict(tokens=tokens, weight=weight, loss=loss)]).read_text()
-    assert "<script" not in text
+    assert "<script" not in text and text.isascii()
     page = Page(text)
     assert page.pre == '<script>if\t \n"&\\xc3\\x00é'  # layout kept, bytes that are no text shown
-    assert page.spans[0]["title"].splitlines() == ["weight –", "head 1: – nats", "head 2: – nats"]
-    assert page.spans[1]["title"].splitlines() == ["weight 0.0000", "head 1: 1.0000 nats", "head 2: – nats"]
+    assert page.spans[0]["title"].splitlines() == ["weight -", "head 1: - nats", "head 2: - nats"]
+    assert page.spans[1]["title"].splitlines() == ["weight 0.0000", "head 1: 1.0000 nats", "head 2: - nats"]
     assert page.spans[8]["title"].splitlines() == ["weight 2.5000", "head 1: 8.0000 nats", "head 2: 17.0000 nats"]
     assert "style" not in page.spans[0] and page.spans[0]["class"] == "none" and page.spans[4]["class"] == "end"
     colours = [span["style"].removeprefix("background:") for span in page.spans[1:]]
@@ -322,7 +322,7 @@ def test_differences_are_those_of_the_results(tmp_path):
     np.testing.assert_allclose(bits, loss / math.log(2) * 1.5, rtol=1e-9)
     assert set(found["differences"]["C"]) == {"heldout/loss_head_1", "heldout/acc_head_1", "heldout/bits_per_byte"}
     line = next(line for line in printed.splitlines() if line.startswith("heldout loss (nats), head 3"))
-    assert line.split()[-5:] == ["–", f"{other.results['heldout/loss_head_3']:.4f}", "–", "–", "–"]  # on one run alone
+    assert line.split()[-5:] == ["-", f"{other.results['heldout/loss_head_3']:.4f}", "-", "-", "-"]  # on one run alone
     assert found["metrics"]["heldout/loss_head_2"]["C"] is None
     assert page.cells["heldout/loss_head_1"][0] == json.dumps(third.results["heldout/loss_head_1"])
     assert "one &lt;1&gt;" in (tmp_path / "compare.html").read_text()
@@ -352,7 +352,7 @@ def test_what_does_not_compare_gets_no_difference_but_a_line(tmp_path):
         None,
     ]
     broken = a_run("two", seed=1, **{"heldout/loss_head_1": math.nan})
-    assert re.search(r"loss \(nats\), head 1 +[\d.]+ +– +–", report.compare(tmp_path, [first, broken]))
+    assert re.search(r"loss \(nats\), head 1 +[\d.]+ +- +-", report.compare(tmp_path, [first, broken]))
     assert "NaN" not in (tmp_path / "compare.json").read_text()
     speed = {"speed/speedup_heads_2_batch_1": 1.25}
     printed = report.compare(tmp_path, [a_run("one", **speed), a_run("two", **{"speed/speedup_heads_2_batch_1": 1.5})])
