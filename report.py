@@ -446,7 +446,7 @@ def write_html(out, results, charts, samples):
     sections += [("Metrics", metric_tables(results))] if suites_of(results) else []
     sections.append(("Provenance", provenance_table(results)))
     file = Path(out) / "report.html"
-    write_whole(file, page(str(results.get("run") or results.get("model") or "evaluation"), sections))
+    write_whole(file, page(str(results.get("subject", "evaluation")), sections))
     return file
 
 

@@ -457,7 +457,7 @@ def test_runs_are_compared_on_the_same_documents(trained, one_head, monkeypatch,
     assert run_here(monkeypatch, "--compare", tmp_path / "three", tmp_path / "one", "--out", tmp_path / "c") == 0
     shown = capsys.readouterr().out
     a, b = (results_of(tmp_path / name / "eval")["heldout/loss_head_1"] for name in ("three", "one"))
-    (line,) = [line for line in shown.splitlines() if "loss_head_1" in line.replace(" ", "_")][:1]
+    (line,) = [line for line in shown.splitlines() if line.startswith("heldout loss (nats), head 1 ")]
     assert f"{a:.4f}" in line and f"{b - a:+.4f}" in line
     assert list((tmp_path / "c").glob("*.png"))
 
