@@ -180,9 +180,11 @@ def draw_weights(results, history):
     figure, axes = new_figure(4.6, len(found), sharex=True)
     names = {"weights/ess_frac": "effective share\nof tokens", "weights/max": "largest weight\n(the mean is 1)"}
     for one, (key, points) in zip(axes[:, 0], found.items()):
-        one.plot(*points, color=RUN_COLOURS[0], lw=1)
+        window = max(1, len(points[0]) // 75)
+        one.plot(*points, color=RUN_COLOURS[5], lw=0.5)
+        one.plot(points[0][window - 1 :], running_mean(points[1], window), color=RUN_COLOURS[0], lw=1.5)
         one.set(ylabel=names[key])
-    axes[0, 0].set_title("Token weights of the targets of head 1, every update")
+    axes[0, 0].set_title(f"Token weights of the targets of head 1; dark: {mean_of(window)}")
     axes[-1, 0].set(xlabel="update")
     return figure
 
@@ -256,7 +258,7 @@ def draw_acceptance(results, history):
         one.set(xlabel="draft position", title=f"Greedy drafts taken at batch {name}", ylim=(0, None))
         one.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0, 0].set_ylabel("share of passes")
-    axes[0, -1].legend(frameon=False)
+    axes[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -273,16 +275,14 @@ def draw_speed(results, history):
         one.plot(*zip(*points.values()), marker + "-", color=colour, lw=0.6, label=f"batch {size}")
         for k, point in points.items():
             away = (0, 7 if size == sizes[0] else -15)
-            one.annotate(f"{k} heads", point, away, textcoords="offset points", ha="center", fontsize=9, color=colour)
+            one.annotate(str(k), point, away, textcoords="offset points", ha="center", fontsize=9, color=colour)
             ends += point
     one.axline((1, 1), slope=1, color="#777777", lw=1, ls="--", label="a pass at the cost of a plain one")
     one.axhline(1, color="#777777", lw=1, ls=":", label="plain greedy decoding")
-    high, warning = (
-        1 + 1.12 * max(0.1, max(ends) - 1),
-        "" if results.get("speed/identical", True) else ": TEXTS DIFFER FROM PLAIN GREEDY",
-    )
+    high = 1 + 1.12 * max(0.1, max(ends) - 1)
+    warning = "" if results.get("speed/identical", True) else "; TEXTS DIFFER FROM PLAIN GREEDY"
     one.set(xlabel="tokens per forward", ylabel="speed-up by the clock", xlim=(0.98, high))
-    one.set(ylim=(min(ends) - 0.1 * high, high), title="Self-speculative greedy decoding" + warning)
+    one.set(ylim=(min(ends) - 0.1 * high, high), title="Self-speculative greedy decoding; numbers: heads" + warning)
     one.legend(frameon=False, loc="upper left")
     return figure
 

@@ -113,7 +113,12 @@ def test_weights_are_drawn_only_where_they_were_weights():
             line |= {"weights/max": 1 + i % 7, "weights/ess_frac": 1 / (1 + i % 3)}
     figure = report.draw_weights({}, lines)
     for axes, key in zip(figure.axes, ("weights/ess_frac", "weights/max")):
-        assert axes.lines[0].get_xydata().tolist() == [[line["step"], line[key]] for line in lines if key in line]
+        points = [[line["step"], line[key]] for line in lines if key in line]
+        assert axes.lines[0].get_xydata().tolist() == points
+        window = int(re.search(r"last (\d+) updates", figure.axes[0].get_title())[1])
+        assert axes.lines[1].get_xydata()[-1].tolist() == pytest.approx(
+            [points[-1][0], math.fsum(v for _, v in points[-window:]) / window], rel=1e-12
+        )
 
 
 def test_charts_hold_the_results():
@@ -171,10 +176,9 @@ def test_only_what_was_measured_is_drawn(tmp_path):
     left = {k: v for k, v in results.items() if not k.startswith("speed/")}  # evaluated again without speed: no old picture
     assert not {"acceptance.png", "speed.png"} & {f.name for _, f in report.draw(tmp_path, left, history())}
     assert {f.name for f in tmp_path.iterdir()} == names - {"acceptance.png", "speed.png"}
-    only = report.draw(tmp_path / "..", results, [], pictures=["heads"])
-    assert [f.name for _, f in only] == ["heads.png"]
-    one_head = {k: v for k, v in some_results(heads=1).items()}
-    assert [f.name for _, f in report.draw(tmp_path, one_head, [])] == ["heads.png", "positions.png", "classes.png"]
+    only = report.draw(tmp_path, results, history(), pictures=["speed"])  # what is not asked for stays
+    assert [f.name for _, f in only] == ["speed.png"] and (tmp_path / "training.png").exists()
+    assert [f.name for _, f in report.draw(tmp_path, some_results(heads=1), [])] == ["heads.png", "positions.png", "classes.png"]
 
 
 # ------------------------------------------------------------------------------------------------------------ text and HTML
