@@ -42,6 +42,7 @@ import transformers
 
 import report
 from common import IGNORE, UsageError, check_vocabulary, load_mtp, load_tokenizer, model_dir, run_script, setup_ranks
+from compare import FILES, compare_runs, load_run
 from data import heldout_batches, load_data, make_targets
 from decoding import generate
 from runs import Tracker, commit, versions, write_whole
@@ -378,23 +379,6 @@ def weight_samples(model, tokenizer, run_dir, ranks):
 
 
 # ------------------------------------------------------------------------------------------------------------------- main
-def load_compared(name):
-    """What --compare needs of an evaluated run, by its folder or the folder of its results."""
-    run_dir, out = Path(name), Path(name) / "eval"
-    if (run_dir / "results.json").exists():
-        out, run_dir = run_dir, run_dir.parent
-    if not (out / "results.json").exists():
-        raise UsageError(f"--compare {name}: not evaluated yet; python evaluate.py --run-dir {shlex.quote(name)}")
-    read = {file: json.loads((out / file).read_text()) if (out / file).exists() else {} for file in FILES}
-    return report.Run(Path(name).name, out, read["results.json"], read_history(run_dir), *(read[file] for file in FILES[1:]))
-
-
-def read_history(run_dir):
-    """The lines of a run's metrics.jsonl; none without a run."""
-    file = Path(run_dir or "") / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if run_dir and file.exists() else []
-
-
 def fingerprint_of(path):
     """Of a file, or of the files in a folder: names, sizes, and 64 blocks of each."""
     path, digest = Path(path), hashlib.sha256()
@@ -409,9 +393,6 @@ def fingerprint_of(path):
 
 
 # ------------------------------------------------------------------------------------------------------------------- main
-FILES = ("results.json", "documents.json", "programs.json")
-
-
 class Results:
     """`results.json`, written after every suite; what is not measured again stays. `fingerprint`: of model or solutions."""
 
@@ -502,7 +483,7 @@ def evaluate(args, problems, sandbox, ranks):
         else:
             program_suite(suite, problems[suite], model, tokenizer, sandbox, args, results, ranks.say)
         ranks.say(f"{suite:<9} done in {time.time() - began:.1f} s")
-    charts = report.draw(out, results.values, read_history(run_dir))
+    charts = report.draw(out, results.values, report.read_history(run_dir))
     report.write_html(out, results.values, charts, weight_samples(model, tokenizer, run_dir, ranks))
     if run_dir:
         track(run_dir, record, results, ranks)
@@ -522,7 +503,7 @@ def track(run_dir, record, results, ranks):
 def main(args):
     if args.compare:
         out = Path(args.out or "eval/compare")
-        print(report.compare(out, [load_compared(name) for name in args.compare]))
+        print(compare_runs(out, [load_run(name) for name in args.compare]))
         return print(f"\nwritten   {out}/")
     ranks = setup_ranks(args.device, args.dtype)
     if ranks.world_size > 1:

@@ -330,7 +330,8 @@ def test_texts_end_before_the_first_stop_string_wherever_tokens_lie(trained):
     whole = Kept()
     suites.sample_programs("mbpp", [problem], model, tokenizer, 3, args, whole, lambda text: None)
     text = whole.texts["a", 0]
-    expected = plain.generate(**tokenizer(prompt, return_tensors="pt", add_special_tokens=False), max_new_tokens=60, do_sample=False)
+    begun = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    expected = plain.generate(**begun, max_new_tokens=60, do_sample=False)
     ids = expected[0].tolist()[len(prompt) :]
     assert text == tokenizer.decode(ids[: ids.index(1)] if 1 in ids else ids, skip_special_tokens=True) and len(text) > 30
     for start, end in ((11, 15), (20, 21), (0, 3)):

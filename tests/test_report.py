@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import compare
 import report
 from common import UsageError
 
@@ -261,7 +262,7 @@ def test_bootstrap_equals_a_slow_loop_over_resampled_documents():
     level = rng.normal(2, 0.5, 12)  # documents differ much more than the runs do
     first = np.stack([level * count, count])
     other = np.stack([(level + rng.normal(0.1, 0.05, 12)) * count, count])
-    difference, low, high = report.bootstrap(first[None], other[None])[0]
+    difference, low, high = compare.bootstrap(first[None], other[None])[0]
     draw, drawn, unpaired = random.Random(5), [], []
     for _ in range(10_000):
         ones = [draw.randrange(12) for _ in range(12)]
@@ -274,7 +275,7 @@ def test_bootstrap_equals_a_slow_loop_over_resampled_documents():
     slack = 0.05 * (drawn[9750] - drawn[250])  # two streams of 10,000 draws
     assert abs(low - drawn[250]) < slack and abs(high - drawn[9750]) < slack
     assert unpaired[9750] - unpaired[250] > 4 * (high - low)
-    both = report.bootstrap(np.stack([first, first[::-1]]), np.stack([other, other[::-1]]))
+    both = compare.bootstrap(np.stack([first, first[::-1]]), np.stack([other, other[::-1]]))
     assert both[0].tolist() == pytest.approx([difference, low, high], rel=1e-12)  # the same documents, whatever else is asked
 
 
@@ -283,7 +284,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     for number in range(200):
         level, ones = rng.normal(3, 1, size), np.ones(size)
         first, other = np.stack([level, ones]), np.stack([level + rng.normal(0.2, 0.3, size), ones])
-        _, low, high = report.bootstrap(first[None], other[None], resamples=1000, seed=number)[0]
+        _, low, high = compare.bootstrap(first[None], other[None], resamples=1000, seed=number)[0]
         hits += low <= 0.2 <= high
     assert 0.90 <= hits / 200 <= 0.99
 
@@ -298,7 +299,7 @@ def a_run(name, seed=0, documents=6, heads=2, programs=None, **more):
         arrays[f"count_head_{k}"] = count
         results |= {f"heldout/{n}_head_{k}": arrays[f"{n}_head_{k}"].sum() / count.sum() for n in ("loss", "acc")}
     results["heldout/bits_per_byte"] = results["heldout/loss_head_1"] / math.log(2) * 1.5
-    return report.Run(name, Path(name), results | more, history()[:50], arrays, programs or {})
+    return compare.Run(name, Path(name), results | more, history()[:50], arrays, programs or {})
 
 
 def of_json(folder):
@@ -306,7 +307,7 @@ def of_json(folder):
 
 
 def test_identical_runs_differ_by_nothing(tmp_path):
-    printed = report.compare(tmp_path, [a_run("one"), a_run("two")])
+    printed = compare.compare_runs(tmp_path, [a_run("one"), a_run("two")])
     found = of_json(tmp_path)
     assert len(found["differences"]["B"]) == 5 and all(row == [0, 0, 0] for row in found["differences"]["B"].values())
     assert printed.count("+0.0000  [+0.0000, +0.0000]") == 5 and found["notes"] == []
@@ -316,7 +317,7 @@ def test_identical_runs_differ_by_nothing(tmp_path):
 def test_differences_are_those_of_the_results(tmp_path):
     first, other, third = a_run("one <1>", seed=1), a_run("two", seed=2, heads=3), a_run("three", seed=3, heads=1)
     third.documents = {k: v[::-1] for k, v in third.documents.items()}  # in another order
-    printed = report.compare(tmp_path, [first, other, third])
+    printed = compare.compare_runs(tmp_path, [first, other, third])
     found, page = of_json(tmp_path), Page((tmp_path / "compare.html").read_text())
     for letter, run in (("B", other), ("C", third)):
         for key in {k for k in run.results if "/" in k} & set(first.results):
@@ -341,30 +342,30 @@ def test_what_does_not_compare_gets_no_difference_but_a_line(tmp_path):
         (a_run("two", heldout_fingerprint=None), "texts are not the same"),
         (a_run("two", documents=5), "documents are not the same"),
     ):
-        printed = report.compare(tmp_path, [first, other])
+        printed = compare.compare_runs(tmp_path, [first, other])
         assert of_json(tmp_path)["differences"] == {"B": {}} and why in printed
     other = a_run("two", seed=1)
     other.documents["loss_head_1"] = other.documents["loss_head_1"] * 1.01  # of another evaluation
-    printed = report.compare(tmp_path, [first, other])
+    printed = compare.compare_runs(tmp_path, [first, other])
     assert "heldout/loss_head_1" not in of_json(tmp_path)["differences"]["B"] and "than results.json" in printed
     assert "heldout/loss_head_2" in of_json(tmp_path)["differences"]["B"]
     other.documents = {}
-    assert "by document are not there" in report.compare(tmp_path, [first, other])
-    printed = report.compare(tmp_path, [a_run("one", documents=1), a_run("two", seed=1, documents=1)])
+    assert "by document are not there" in compare.compare_runs(tmp_path, [first, other])
+    printed = compare.compare_runs(tmp_path, [a_run("one", documents=1), a_run("two", seed=1, documents=1)])
     assert "fewer than 2 documents" in printed and of_json(tmp_path)["differences"]["B"]["heldout/loss_head_1"][1:] == [
         None,
         None,
     ]
     broken = a_run("two", seed=1, **{"heldout/loss_head_1": math.nan})
-    assert re.search(r"loss \(nats\), head 1 +[\d.]+ +- +-", report.compare(tmp_path, [first, broken]))
+    assert re.search(r"loss \(nats\), head 1 +[\d.]+ +- +-", compare.compare_runs(tmp_path, [first, broken]))
     assert "NaN" not in (tmp_path / "compare.json").read_text()
     speed = {"speed/speedup_heads_2_batch_1": 1.25}
-    printed = report.compare(tmp_path, [a_run("one", **speed), a_run("two", **{"speed/speedup_heads_2_batch_1": 1.5})])
+    printed = compare.compare_runs(tmp_path, [a_run("one", **speed), a_run("two", **{"speed/speedup_heads_2_batch_1": 1.5})])
     assert of_json(tmp_path)["differences"]["B"]["speed/speedup_heads_2_batch_1"] == [0.25, None, None]
     assert "speed: no intervals" in printed
     for runs in ([first], [first] * 27):
         with pytest.raises(UsageError, match="--compare"):
-            report.compare(tmp_path, runs)
+            compare.compare_runs(tmp_path, runs)
 
 
 def test_pass_at_k_is_compared_problem_by_problem(tmp_path):
@@ -375,16 +376,16 @@ def test_pass_at_k_is_compared_problem_by_problem(tmp_path):
         return a_run(name, programs=programs, **({"humaneval/pass@1": pass_1, "humaneval/pass@2": pass_2} | more))
 
     first, other = run("one", [0, 1, 2, 4, 0]), run("two", [1, 1, 4, 3, 0])
-    report.compare(tmp_path, [first, other])
+    compare.compare_runs(tmp_path, [first, other])
     changes = of_json(tmp_path)["differences"]["B"]
     assert changes["humaneval/pass@1"][0] == pytest.approx(0.1)
     # Of 5 differences by problem (1/4, 0, 1/2, -1/4, 0), all 5^5 resamples
     every = np.array(np.meshgrid(*[[0.25, 0, 0.5, -0.25, 0]] * 5)).reshape(5, -1).mean(0)
     np.testing.assert_allclose(changes["humaneval/pass@1"][1:], np.percentile(every, [2.5, 97.5]), atol=0.0501)
     assert changes["humaneval/pass@2"][0] == pytest.approx((1 / 2 + 0 + 1 / 6 + 0 + 0) / 5)
-    printed = report.compare(tmp_path, [first, run("two", [1, 1, 4, 3])])
+    printed = compare.compare_runs(tmp_path, [first, run("two", [1, 1, 4, 3])])
     assert "humaneval: no differences, since the problems are not the same" in printed
-    printed = report.compare(
+    printed = compare.compare_runs(
         tmp_path, [run("one", [1, 0], **{"humaneval/temperature": 0.2}), run("two", [1, 1], **{"humaneval/temperature": 0.8})]
     )
     assert "not sampled alike (temperature 0.2" in printed
@@ -395,16 +396,16 @@ def test_overlaid_curves_hold_every_runs_figures():
     runs = [a_run("one", seed=1), a_run("two", seed=2, heads=3), a_run("three")]
     runs[1].history, runs[2].history = lines[40:90], []
     names = ["A  one", "B  two", "C  three"]
-    (axes,) = report.overlay_training(runs, names).axes
+    (axes,) = compare.overlay_training(runs, names).axes
     drawn = lines_of(axes)
     for run, name in zip(runs[:2], names):
         assert drawn[name].tolist() == [[line["step"], line["train/loss_head_1"]] for line in run.history]
     assert "C  three" not in drawn
-    (axes,) = report.overlay_heads(runs, names).axes
+    (axes,) = compare.overlay_heads(runs, names).axes
     for run, name in zip(runs, names):
         values = [[k, run.results[f"heldout/loss_head_{k}"]] for k in range(1, 4) if f"heldout/loss_head_{k}" in run.results]
         assert lines_of(axes)[name].tolist() == values
     assert "not the same" not in axes.get_title()
     runs[1].results["heldout_fingerprint"] = "0ther"
-    assert "not the same" in report.overlay_heads(runs, names).axes[0].get_title()
-    assert report.overlay_training(runs[2:], names[2:]) is None
+    assert "not the same" in compare.overlay_heads(runs, names).axes[0].get_title()
+    assert compare.overlay_training(runs[2:], names[2:]) is None
