@@ -18,7 +18,7 @@ import common
 import decoding
 from decoding import generate
 
-NEW = 40  # tokens a row
+NEW = 32  # tokens a row
 PROMPTS = [tokens(1, length, seed=length)[0].tolist() for length in (3, 9, 5, 14, 1)]
 
 
@@ -30,12 +30,18 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def learn_cycles(model, num_heads, steps):
-    """Fit trunk and heads to texts that repeat themselves, so that drafts are often right, but not always."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    for step in range(steps):
-        period_BT = tokens(16, 5 + step % 4, seed=100 + step)
-        x_BT = period_BT.repeat(1, 8)[:, :33]
+CHAIN = (3 + torch.randperm(94, generator=torch.Generator().manual_seed(4))).tolist()  # every token has its successor
+
+
+def chain(start, length):
+    return [CHAIN[(start + i) % 94] for i in range(length)]
+
+
+def learn_chain(model, num_heads, steps):
+    """Fit trunk and heads to texts that follow the chain: drafts are often right, but not always, and no token comes twice."""
+    optimizer, starts = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0), torch.Generator().manual_seed(5)
+    for _ in range(steps):
+        x_BT = torch.tensor([chain(start, 12) for start in torch.randint(94, (16,), generator=starts).tolist()])
         targets_KBT = torch.full((num_heads, *x_BT.shape), common.IGNORE)
         for k in range(1, num_heads + 1):
             targets_KBT[k - 1, :, :-k] = x_BT[:, k:]
@@ -45,10 +51,9 @@ def learn_cycles(model, num_heads, steps):
     return model.eval()
 
 
-def cycles():
-    """Prompts of different lengths that have begun to repeat, and one that has not."""
-    lengths, periods = (11, 17, 13, 22, 2), (5, 7, 6, 8, 2)
-    return [tokens(1, p, seed=50 + p)[0].repeat(9)[:n].tolist() for n, p in zip(lengths, periods)]
+def chains():
+    """Prompts of different lengths from the chain, and one that is not of it."""
+    return [chain(3, 11), chain(30, 17), chain(50, 4), chain(80, 1), [5, 5, 9, 7]]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -56,18 +61,18 @@ def case(request, tmp_path_factory):
     """A family with random weights and after training: the model, its plain form as transformers loads it, prompts."""
     made = {}
     for kind in ("random", "trained"):
-        model = make_model(request.param, 4, num_hidden_layers=6)
-        model = learn_cycles(model, 4, 60) if kind == "trained" else model.eval()
+        model = make_model(request.param, 4, num_hidden_layers=5)
+        model = learn_chain(model, 4, 40) if kind == "trained" else model.eval()
         folder = tmp_path_factory.mktemp(request.param) / "model"
         common.save_model(model, bytes_tokenizer(), folder, common.Ranks())
         plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-        made[kind] = SimpleNamespace(model=model, plain=plain, prompts=cycles() if kind == "trained" else PROMPTS)
+        made[kind] = SimpleNamespace(model=model, plain=plain, prompts=chains() if kind == "trained" else PROMPTS)
     return made
 
 
 @pytest.fixture(scope="module")
 def trained():
-    return learn_cycles(make_model("llama", 4, num_hidden_layers=6), 4, 60)
+    return learn_chain(make_model("llama", 4, num_hidden_layers=5), 4, 60)
 
 
 def plain_greedy(plain, prompt, eos=None, count=NEW):
@@ -102,8 +107,9 @@ def test_greedy_is_the_text_of_transformers(case, kind, monkeypatch):
         done = generate(model, prompts, NEW, None, num_heads)
         assert done.tokens == expected
         if kind == "trained" and num_heads > 1:
-            assert all(0 < taken < done.row_steps for taken in done.accepted), done
-            assert any(len(set(taken_B.tolist())) > 1 for taken_B, _ in verdicts)  # rows of one pass went different ways
+            assert min(done.accepted) > 0, done
+        if kind == "trained" and num_heads == 4:  # rows of one pass went different ways
+            assert done.accepted[-1] < done.row_steps and any(len(set(taken_B.tolist())) > 1 for taken_B, _ in verdicts), done
         monkeypatch.undo()
 
 
@@ -111,11 +117,11 @@ def test_greedy_is_the_text_of_transformers(case, kind, monkeypatch):
 def test_greedy_ends_where_transformers_ends(case, kind):
     model, plain, prompts = case[kind].model, case[kind].plain, case[kind].prompts
     text = plain_greedy(plain, prompts[0])
-    for eos in {text[0], text[3], text[len(text) // 2]}:
-        expected = [plain_greedy(plain, prompt, eos) for prompt in prompts]
-        assert any(len(t) < NEW for t in expected)
-        for num_heads in (1, 2, 4):
-            assert generate(model, prompts, NEW, eos, num_heads).tokens == expected
+    eos = text[3] if kind == "random" else text[NEW // 2]
+    expected = [plain_greedy(plain, prompt, eos) for prompt in prompts]
+    assert any(len(t) < NEW for t in expected)
+    for num_heads in (1, 2, 4):
+        assert generate(model, prompts, NEW, eos, num_heads).tokens == expected
 
 
 # ------------------------------------------------------------------------------------------------------------------ sampling
@@ -212,7 +218,7 @@ def test_nucleus_by_hand():
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("num_heads", [1, 4])
 def test_a_row_is_the_same_alone(trained, num_heads, temperature):
-    prompts, seeds = cycles(), [7, 1, 7, 3, 12]
+    prompts, seeds = chains(), [7, 1, 7, 3, 12]
     settings = dict(num_heads=num_heads, temperature=temperature, top_p=0.95)
     together = generate(trained, prompts, NEW, 9, seeds=seeds, **settings).tokens
     alone = [generate(trained, [p], NEW, 9, seeds=[s], **settings).tokens[0] for p, s in zip(prompts, seeds)]
@@ -224,7 +230,7 @@ def test_a_row_is_the_same_alone(trained, num_heads, temperature):
 
 
 def test_ends_inside_accepted_drafts(trained, monkeypatch):
-    prompt = cycles()[1]
+    prompt = chains()[1]
     text = generate(trained, [prompt], 16, None).tokens[0]
     verdicts, inside = watch(monkeypatch, decoding, "verify"), 0
     for count in range(17):
@@ -236,7 +242,7 @@ def test_ends_inside_accepted_drafts(trained, monkeypatch):
         verdicts.clear()
     assert inside >= 3
     inside = 0
-    for prompt, place in itertools.product(cycles(), range(16)):
+    for prompt, place in itertools.product(chains(), range(16)):
         text = generate(trained, [prompt], 16, None).tokens[0]
         verdicts.clear()
         eos = text[place]
@@ -251,8 +257,8 @@ def test_ends_inside_accepted_drafts(trained, monkeypatch):
 
 
 def test_finished_rows_leave_the_batch(trained, monkeypatch):
-    limits, seen = [3, 30, 9, 9, 1], {}
-    prompts = cycles()
+    limits, seen = [3, 28, 9, 9, 1], {}
+    prompts = chains()
     alone = [generate(trained, [p], NEW, None).tokens[0] for p in prompts]
     verdicts = watch(monkeypatch, decoding, "verify")
 
@@ -306,7 +312,7 @@ def blockwise(model, prompt, count, num_heads):
 
 @pytest.mark.parametrize("num_heads", [1, 2, 4])
 def test_counters_are_those_of_a_slow_loop(trained, num_heads):
-    prompts = cycles()
+    prompts = chains()
     slow = [blockwise(trained, prompt, NEW, num_heads) for prompt in prompts]
     texts, steps, new, accepted = zip(*slow)
     done = generate(trained, prompts, NEW, None, num_heads)
