@@ -4,14 +4,16 @@
 
 MODEL: a run folder, or a Hugging Face folder (one head: plain decoding alone). All forms read the same weights and prompts
 in one process and take turns; greedy, fixed number of new tokens, prompts from the source of the standard library's
-argparse.py. Seconds are wall clock: medians over rounds with least and most; a speed-up is the median of the rounds' ratios.
+argparse.py. Seconds are wall clock: medians over rounds with least and most; a speed-up is the median of the rounds' ratios. CPU seconds
+of the process stand beside them: with one thread they are what the wall clock shows on a core of one's own.
 
-Parts of a pass come from rounds of their own with clocks around functions. Each part counts its own time alone, so the parts
+Parts of a pass (ms of CPU) come from rounds of their own with clocks around functions. Each part counts its own time alone, so the parts
 add up to `whole`, the same rounds' time for everything:
     trunk: layers below the heads. head 1, heads 2..H: their layers. embedding and norm: the rest of the decoder. masks: masks
     and cache positions. logits, verify, propose: unembedding, comparison, drafts. loop: the rest, Python of `generate`.
 
-Text gained against time lost: speed-up = tokens per pass / lost, with lost = ms of a pass with drafts / ms of a plain pass.
+Text gained against time lost: CPU speed-up = passes saved / lost, with passes saved = plain passes / passes with drafts, and
+lost = ms of a pass with drafts / ms of a plain pass.
 Prints tables and writes decoding.json beside this file (--out).
 """
 
@@ -52,12 +54,12 @@ class Clock:
 
         @functools.wraps(inner)
         def timed(*args, **kwargs):
-            began = time.perf_counter()
+            began = time.process_time()
             self.inside.append(0.0)
             try:
                 return inner(*args, **kwargs)
             finally:
-                taken = time.perf_counter() - began
+                taken = time.process_time() - began
                 self.seconds[part] = self.seconds.get(part, 0.0) + taken - self.inside.pop()
                 if self.inside:
                     self.inside[-1] += taken
@@ -86,10 +88,10 @@ def parts_of_a_pass(model, batches, args, num_heads):
     ]
     for _ in range(args.rounds):
         clock.seconds = {}
-        began = time.perf_counter()
+        began = time.process_time()
         passes = sum(d.forwards for d in ours(model, batches, args.tokens, num_heads)[1])
         rounds.append(
-            {k: 1000 * v / passes for k, v in clock.seconds.items()} | {"whole": 1000 * (time.perf_counter() - began) / passes}
+            {k: 1000 * v / passes for k, v in clock.seconds.items()} | {"whole": 1000 * (time.process_time() - began) / passes}
         )
     for restore in undo:
         restore()
@@ -130,15 +132,16 @@ def measure(name, args):
         forms = {"transformers": functools.partial(theirs, plain, batches, args.tokens)}
         for k in range(1, H + 1):
             forms[f"{k} heads"] = functools.partial(ours, model, batches, args.tokens, k)
-        seconds, texts, done, passes = {form: [] for form in forms}, {}, {}, {}
+        seconds, cpu, texts, done, passes = {form: [] for form in forms}, {form: [] for form in forms}, {}, {}, {}
         loads = []
         for number in range(args.rounds + 1):  # the first is not counted
             loads.append(os.getloadavg()[0])
             for form in list(forms) if number % 2 else reversed(forms):
-                began = time.perf_counter()
+                began, cpu_began = time.perf_counter(), time.process_time()
                 texts[form], done[form] = forms[form]()
                 if number:
                     seconds[form].append(time.perf_counter() - began)
+                    cpu[form].append(time.process_time() - cpu_began)
         for k, form in enumerate(forms):
             against = {
                 base: spread([a / b for a, b in zip(seconds[base], seconds[form])]) for base in ("transformers", "1 heads")
@@ -151,6 +154,9 @@ def measure(name, args):
                 "tokens_per_s": spread([args.prompts * args.tokens / s for s in seconds[form]], 1),
                 "speedup_to_transformers": against["transformers"],
                 "speedup_to_plain": against["1 heads"],
+                "cpu_seconds": spread(cpu[form]),
+                "cpu_speedup_to_transformers": cpu_against["transformers"],
+                "cpu_speedup_to_plain": cpu_against["1 heads"],
                 "load_average": spread(loads, 2),
                 "same_text_as_transformers": texts[form] == texts["transformers"],
             }
@@ -165,13 +171,14 @@ def measure(name, args):
                 }
                 # passes of the batch end with its slowest row, and rows that have ended leave: both are in this quotient
                 row["passes_saved"] = round(passes["1 heads"] / passes[form], 4)
-                row["lost"] = round(row["passes_saved"] / row["speedup_to_plain"][0], 4)
+                row["lost"] = round(row["passes_saved"] / row["cpu_speedup_to_plain"][0], 4)
                 if k in {1, 2, H}:
                     row["parts_ms"] = parts_of_a_pass(model, batches, args, k)
             rows.append(row)
             print(
                 f"{row['model'][:16]:16} batch {size}  {form:12} {row['tokens_per_s'][0]:8.1f} tokens/s"
                 f"  to transformers {against['transformers'][0]:5.2f}  to plain {against['1 heads'][0]:5.2f}"
+                f"  (CPU {cpu_against['transformers'][0]:5.2f} {cpu_against['1 heads'][0]:5.2f})"
                 + (f"  tokens/pass {row['tokens_per_pass']:.2f}  ms/pass {row['ms_per_pass'][0]:.2f}" if done[form] else "")
                 + ("" if row["same_text_as_transformers"] else "  OTHER TEXT"),
                 flush=True,
