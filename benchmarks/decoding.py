@@ -4,11 +4,11 @@
 
 MODEL: a run folder, or a Hugging Face folder (one head: plain decoding alone). All forms read the same weights and prompts
 in one process and take turns; greedy, fixed number of new tokens, prompts from the source of the standard library's
-argparse.py. Seconds are wall clock: medians over rounds with least and most; a speed-up is the median of the rounds' ratios. CPU seconds
-of the process stand beside them: with one thread they are what the wall clock shows on a core of one's own.
+argparse.py. Seconds are wall clock: medians over rounds with least and most; a speed-up is the median of the rounds' ratios.
+CPU seconds of the process stand beside them: with one thread they are what the wall clock shows on a core of one's own.
 
-Parts of a pass (ms of CPU) come from rounds of their own with clocks around functions. Each part counts its own time alone, so the parts
-add up to `whole`, the same rounds' time for everything:
+Parts of a pass (ms of CPU) come from rounds of their own with clocks around functions. Each part counts its own time alone,
+so the parts add up to `whole`, the same rounds' time for everything:
     trunk: layers below the heads. head 1, heads 2..H: their layers. embedding and norm: the rest of the decoder. masks: masks
     and cache positions. logits, verify, propose: unembedding, comparison, drafts. loop: the rest, Python of `generate`.
 
@@ -143,9 +143,9 @@ def measure(name, args):
                     seconds[form].append(time.perf_counter() - began)
                     cpu[form].append(time.process_time() - cpu_began)
         for k, form in enumerate(forms):
-            against = {
-                base: spread([a / b for a, b in zip(seconds[base], seconds[form])]) for base in ("transformers", "1 heads")
-            }
+            bases = ("transformers", "1 heads")
+            against = {base: spread([a / b for a, b in zip(seconds[base], seconds[form])]) for base in bases}
+            cpu_against = {base: spread([a / b for a, b in zip(cpu[base], cpu[form])]) for base in bases}
             row = {
                 "model": Path(name).name,
                 "batch": size,
