@@ -25,7 +25,7 @@ class Generated:
     forwards: int = 0  # passes of the model over the batch, prompts included
     row_steps: int = 0  # passes counted once for each row that was in it, prompts excluded
     new_tokens: int = 0  # made in those passes
-    accepted: np.ndarray = None  # of each draft position, how often the draft there was taken, `[K-1]`
+    accepted: np.ndarray = None  # of each draft position, how often head 1 agreed, past the row's end too, `[K-1]`
 
     @property
     def tokens_per_forward(self):
@@ -41,25 +41,26 @@ class RowCache(Cache):
 
     def __init__(self, capacity):
         super().__init__(layers=[])
-        self.capacity, self.kept = capacity, {}
-        self.position_BQ, self.end, self.same = None, 0, True
+        self.capacity, self.kept, self.position_BQ, self.start, self.end = capacity, {}, None, 0, 0
 
-    def at(self, position_BQ):
-        """The next pass writes to these slots."""
-        self.position_BQ, self.end = position_BQ, int(position_BQ.max()) + 1
-        self.same = bool((position_BQ[:, 0] == position_BQ[0, 0]).all())
+    def at(self, position_BQ, start, end):
+        """The next pass writes to slots `position_BQ`; start: least of them, end: one past the last."""
+        self.position_BQ, self.start, self.end, self.places = position_BQ, start, end, {}
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
+        batch, heads = keys.shape[:2]
         if layer_idx not in self.kept:
-            shape = (keys.shape[0], keys.shape[1], self.capacity)
-            self.kept[layer_idx] = [keys.new_zeros(*shape, keys.shape[-1]), values.new_zeros(*shape, values.shape[-1])]
+            self.kept[layer_idx] = [new.new_zeros(batch, heads, self.capacity, new.shape[-1]) for new in (keys, values)]
+        same = self.end - self.start == keys.shape[2]  # all rows write to the same slots
+        if not same and heads not in self.places:
+            first_BH = torch.arange(batch * heads, device=keys.device).view(batch, heads, 1) * self.capacity
+            self.places[heads] = (first_BH + self.position_BQ[:, None]).flatten()
         out = []
         for kept, new in zip(self.kept[layer_idx], (keys, values)):
-            if self.same:
-                kept[:, :, self.end - new.shape[2] : self.end] = new
+            if same:
+                kept[:, :, self.start : self.end] = new
             else:
-                rows = torch.arange(len(new), device=new.device)[:, None]
-                kept[rows, :, self.position_BQ] = new.transpose(1, 2)
+                kept.view(-1, new.shape[-1]).index_copy_(0, self.places[heads], new.reshape(-1, new.shape[-1]))
             out.append(kept[:, :, : self.end])
         return tuple(out)
 
@@ -67,26 +68,27 @@ class RowCache(Cache):
         self.kept = {number: [tensor[rows] for tensor in pair] for number, pair in self.kept.items()}
 
     def get_seq_length(self, layer_idx=0):
-        return int(self.position_BQ.min())
+        return self.start
 
 
-def attention_masks(config, position_BQ, end, dtype):
-    """Additive masks `[B, 1, Q, end]`: a token sees the slots up to its own, within the window where its layer has one.
+class Masks:
+    """Additive attention masks: a token sees the slots up to its own, within the window where its layer has one."""
 
-    A dict by kind of layer where the family has several kinds; else one tensor.
-    """
-    slots = torch.arange(end, device=position_BQ.device)
-    seen = slots <= position_BQ[:, None, :, None]
-    window = getattr(config, "sliding_window", None)
-    near = seen & (slots > position_BQ[:, None, :, None] - window) if window else seen
+    def __init__(self, config, capacity, dtype, device):
+        kinds, self.window = getattr(config, "layer_types", None) or [], getattr(config, "sliding_window", None)
+        self.by_kind = bool(set(kinds) - {"full_attention"})  # several kinds of layers: the decoder takes a dict of masks
+        self.sliding = self.by_kind or (self.window and getattr(config, "use_sliding_window", True))
+        self.slots = torch.arange(capacity, device=device)
+        self.values = torch.tensor([torch.finfo(dtype).min, 0.0], dtype=dtype, device=device)
 
-    def additive(allowed):
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
-
-    kinds = getattr(config, "layer_types", None)
-    if kinds and len(set(kinds) | {"full_attention"}) > 1:
-        return {"full_attention": additive(seen), "sliding_attention": additive(near)}
-    return additive(near if window and getattr(config, "use_sliding_window", True) else seen)
+    def at(self, position_BQ, end):
+        """Masks `[B, 1, Q, end]` of tokens at these positions; a dict by kind of layer where the family has several."""
+        slots, position = self.slots[:end], position_BQ[:, None, :, None]
+        seen, (lowest, zero) = slots <= position, self.values
+        full = near = torch.where(seen, zero, lowest)
+        if self.sliding and self.window and end > self.window:
+            near = torch.where(seen & (slots > position - self.window), zero, lowest)
+        return {"full_attention": full, "sliding_attention": near} if self.by_kind else near
 
 
 def nucleus(logits, temperature, top_p):
@@ -112,16 +114,20 @@ def draw(weights, uniform):
 class _Decoder:
     def __init__(self, model, num_heads, capacity, temperature, top_p):
         self.model, self.num_heads, self.temperature, self.top_p = model, num_heads, temperature, top_p
-        self.cache, self.dtype = RowCache(capacity), model.causal_lm.dtype
+        weight = model.causal_lm.lm_head.weight
+        self.cache, self.decoder = RowCache(capacity), model.causal_lm.model
+        self.masks = Masks(self.decoder.config, capacity, weight.dtype, weight.device)
 
-    def states(self, x_BQ, start_B):
-        """Normed states of all heads in use, `[K, B, Q, D]`, for tokens at positions `start_B` and on."""
-        position_BQ = start_B[:, None] + torch.arange(x_BQ.shape[1], device=x_BQ.device)
-        self.cache.at(position_BQ)
-        decoder = self.model.causal_lm.model
+    def states(self, x_BQ, start_B, least, most):
+        """Normed states of all heads in use, `[K, B, Q, D]`, for tokens at positions `start_B` (least, most of them) and on."""
+        end = most + x_BQ.shape[1]
+        position_BQ = start_B[:, None] + self.masks.slots[: x_BQ.shape[1]]
+        self.cache.at(position_BQ, least, end)
+        mask = self.masks.at(position_BQ[:1] if least == most else position_BQ, end)
         self.model.heads.active = self.num_heads
-        mask = attention_masks(decoder.config, position_BQ, self.cache.end, self.dtype)
-        out = decoder(input_ids=x_BQ, attention_mask=mask, position_ids=position_BQ, past_key_values=self.cache, use_cache=True)
+        out = self.decoder(
+            input_ids=x_BQ, attention_mask=mask, position_ids=position_BQ, past_key_values=self.cache, use_cache=True
+        )
         return out.last_hidden_state.view(self.num_heads, *x_BQ.shape, -1)
 
     def logits(self, states):
@@ -129,13 +135,13 @@ class _Decoder:
         cap = self.model.softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def propose(self, states_KBD, uniform_B):
-        """Drafts of heads 2..K from the states at each row's last taken position, `[B, K-1]`, and their distributions."""
-        logits = self.logits(states_KBD[1:]).transpose(0, 1)
+    def propose(self, states_MBD, uniform_BM):
+        """Drafts `[B, K-1]` of heads 2..K from their states at each row's last taken position, and the drafts' distributions."""
+        logits = self.logits(states_MBD).transpose(0, 1)
         if self.temperature == 0:
             return logits.argmax(-1), None
         proposal = nucleus(logits, self.temperature, self.top_p)
-        return draw(proposal, uniform_B), proposal
+        return draw(proposal, uniform_BM), proposal
 
 
 def verify(logits_BQV, draft_BM, proposal_BMV, temperature, top_p, uniform_BQ):
@@ -147,7 +153,7 @@ def verify(logits_BQV, draft_BM, proposal_BMV, temperature, top_p, uniform_BQ):
 
     Args:
         logits_BQV: head 1 at the last token and at each of the M = Q - 1 drafts.
-        uniform_BQ: in [0, 1), one for each decision: M acceptances and one draw.
+        uniform_BQ: in [0, 1), one for each decision: M acceptances and one draw; greedy decoding needs none.
     """
     rows = torch.arange(len(logits_BQV), device=logits_BQV.device)
     if temperature == 0:
@@ -189,55 +195,54 @@ def generate(model, prompts, max_new_tokens, eos, num_heads=1, temperature=0.0, 
         raise UsageError("decoding: an empty prompt; give at least one token")
     device, drafts = model.causal_lm.lm_head.weight.device, num_heads - 1
     result = Generated([[] for _ in prompts], accepted=np.zeros(drafts, np.int64))
-    length_B = torch.tensor([len(p) for p in prompts], device=device)
-    longest = int(length_B.max())
-    decoder = _Decoder(model, num_heads, longest + max_new_tokens + drafts, temperature, top_p)
+    if not prompts:
+        return result
+    lengths = [len(p) for p in prompts]  # of each row in the batch, what the model has read; on the device: length_B
+    decoder = _Decoder(model, num_heads, max(lengths) + max_new_tokens + drafts, temperature, top_p)
     randoms = [np.random.default_rng(s) for s in (range(len(prompts)) if seeds is None else seeds)]
     numbers = list(range(len(prompts)))  # which prompt each row of the batch is of
 
-    def uniforms(count):
-        if temperature == 0:
-            return torch.zeros(len(numbers), count, device=device)
-        return torch.tensor(np.stack([randoms[n].random(count) for n in numbers]), device=device)
-
-    x_BQ = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
-    for row, prompt in enumerate(prompts):
-        x_BQ[row, : len(prompt)] = torch.tensor(prompt)
-    states_KBQD = decoder.states(x_BQ, torch.zeros_like(length_B))
+    x_BQ = torch.tensor([[*p, *[0] * (max(lengths) - len(p))] for p in prompts], device=device)
+    length_B = torch.tensor(lengths, device=device)
+    rows = torch.arange(len(prompts), device=device)
+    states_KBQD = decoder.states(x_BQ, torch.zeros_like(length_B), 0, 0)[:, rows, length_B - 1][:, :, None]
     result.forwards += 1
-    at_B = length_B - 1
-    draft_BM, proposal_BMV = torch.zeros(len(prompts), 0, dtype=torch.long, device=device), None
+    draft_BM, proposal_BMV = x_BQ[:, :0], None
     while True:
-        rows = torch.arange(len(numbers), device=device)
-        first = result.forwards == 1  # the prompt's pass: only its last position says what follows
-        span_BQD = states_KBQD[0][rows, at_B][:, None] if first else states_KBQD[0]
-        uniform = uniforms(span_BQD.shape[1] + drafts)
-        logits_BQV = decoder.logits(span_BQD)
-        taken_B, next_B = verify(logits_BQV, draft_BM, proposal_BMV, temperature, top_p, uniform[:, : span_BQD.shape[1]])
-        at_B = at_B if first else taken_B
-        taken, follows, drafted = taken_B.tolist(), next_B.tolist(), draft_BM.tolist()
-        gone = []
+        first, uniform_BQ, uniform_BM = result.forwards == 1, None, None
+        if temperature > 0:
+            size = states_KBQD.shape[2]
+            uniform = torch.tensor(np.stack([randoms[n].random(size + drafts) for n in numbers]), device=device)
+            uniform_BQ, uniform_BM = uniform[:, :size], uniform[:, size:]
+        taken_B, next_B = verify(decoder.logits(states_KBQD[0]), draft_BM, proposal_BMV, temperature, top_p, uniform_BQ)
+        taken, *made = torch.cat([taken_B[None], draft_BM.t(), next_B[None]]).tolist()  # the one transfer of a step
+        kept = []
         for row, number in enumerate(numbers):
-            new, mine = [*drafted[row][: taken[row]], follows[row]], result.tokens[number]
+            new, mine = [*(draft[row] for draft in made[: taken[row]]), made[-1][row]], result.tokens[number]
+            new = new[: max_new_tokens - len(mine)]
             ended = eos is not None and eos in new
-            new = (new[: new.index(eos)] if ended else new)[: max_new_tokens - len(mine)]
+            new = new[: new.index(eos)] if ended else new
             mine += new
+            lengths[row] += taken[row] + 1
             if not first:
                 result.row_steps += 1
                 result.new_tokens += len(new) + ended
                 result.accepted[: taken[row]] += 1
-            if ended or len(mine) >= max_new_tokens or (finished and finished(mine)):
-                gone.append(row)
-        if len(gone) == len(numbers):
+            if not (ended or len(mine) >= max_new_tokens or (finished and finished(mine))):
+                kept.append(row)
+        if not kept:
             return result
-        states_KBD = states_KBQD[:, rows, at_B]
-        draft_BM, proposal_BMV = decoder.propose(states_KBD, uniform[:, uniform.shape[1] - drafts :])
         length_B = length_B + taken_B + 1
-        if gone:
-            keep = torch.tensor([row for row in range(len(numbers)) if row not in set(gone)], device=device)
-            numbers = [numbers[row] for row in keep.tolist()]
+        x_BQ = next_B[:, None]
+        if drafts:
+            states_MBD = states_KBQD[1:, rows, taken_B]
+            draft_BM, proposal_BMV = decoder.propose(states_MBD, uniform_BM)
+            x_BQ = torch.cat([x_BQ, draft_BM], 1)
+        if len(kept) < len(numbers):
+            keep = torch.tensor(kept, device=device)
+            numbers, lengths = [numbers[row] for row in kept], [lengths[row] for row in kept]
             decoder.cache.keep_rows(keep)
-            length_B, next_B, draft_BM = length_B[keep], next_B[keep], draft_BM[keep]
+            length_B, x_BQ, draft_BM, rows = length_B[keep], x_BQ[keep], draft_BM[keep], rows[: len(kept)]
             proposal_BMV = None if proposal_BMV is None else proposal_BMV[keep]
-        states_KBQD = decoder.states(torch.cat([next_B[:, None], draft_BM], 1), length_B - 1)
+        states_KBQD = decoder.states(x_BQ, length_B - 1, min(lengths) - 1, max(lengths) - 1)
         result.forwards += 1
