@@ -262,15 +262,20 @@ def heldout_suite(model, tokenizer, data, args, ranks):
 
 
 # ------------------------------------------------------------------------------------------------------------------ speed
-def speed_suite(model, data, args, ranks):
-    """Metrics of the `speed` suite: 1..H heads at batch 1 and at `--speed-prompts`, taking turns; medians over rounds."""
-    num_heads, columns, prompts = len(model.heads.layers), data.heldout[:], []
-    for row in np.unique(np.linspace(0, len(data.heldout) - 1, 4 * args.speed_prompts).astype(int)):
-        target = np.flatnonzero(columns["is_target"][row])  # go on from a record's prompt, or from 64 tokens
+def beginnings(data, count):
+    """Up to `count` prompts from all over the held-out rows: a record's own, of packed text the first 64 tokens of a row."""
+    columns, prompts = data.heldout[:], []
+    for row in np.unique(np.linspace(0, len(data.heldout) - 1, 4 * count).astype(int)):
+        target = np.flatnonzero(columns["is_target"][row])
         end = target[0] if len(target) and target[0] > 0 else min(64, len(target) // 2)
         if end > 0:
             prompts.append(columns["input_ids"][row, :end].tolist())
-    prompts = [prompts[i] for i in np.unique(np.linspace(0, len(prompts) - 1, args.speed_prompts).astype(int))] if prompts else []
+    return [prompts[i] for i in np.unique(np.linspace(0, len(prompts) - 1, count).astype(int))] if prompts else []
+
+
+def speed_suite(model, data, args, ranks):
+    """Metrics of the `speed` suite: 1..H heads at batch 1 and at `--speed-prompts`, taking turns; medians over rounds."""
+    num_heads, prompts = len(model.heads.layers), beginnings(data, args.speed_prompts)
     if not prompts:
         raise UsageError("--suites speed: no held-out row has two tokens or more to begin with")
     longest = getattr(model.causal_lm.config, "max_position_embeddings", None) or math.inf

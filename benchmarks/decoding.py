@@ -3,8 +3,8 @@
     python benchmarks/decoding.py MODEL [MODEL ...] [--rounds 5] [--tokens 64] [--threads 1]
 
 MODEL: a run folder, or a Hugging Face folder (one head: plain decoding alone). All forms read the same weights and prompts
-in one process and take turns; greedy, fixed number of new tokens, prompts from the source of the standard library's
-argparse.py. Seconds are wall clock: medians over rounds with least and most; a speed-up is the median of the rounds' ratios.
+in one process and take turns; greedy, fixed number of new tokens, prompts from held-out text (a run's own; else of --data
+stdlib). Seconds are wall clock: medians over rounds with least and most; a speed-up is the median of the rounds' ratios.
 CPU seconds of the process stand beside them: with one thread they are what the wall clock shows on a core of one's own.
 
 Parts of a pass (ms of CPU) come from rounds of their own with clocks around functions. Each part counts its own time alone,
@@ -19,7 +19,6 @@ Prints tables and writes decoding.json beside this file (--out).
 
 import argparse
 import functools
-import inspect
 import json
 import os
 import platform
@@ -37,9 +36,8 @@ import transformers  # noqa: E402
 
 import common  # noqa: E402
 import decoding  # noqa: E402
+import evaluate  # noqa: E402
 from runs import commit  # noqa: E402
-
-PROMPT = 48  # tokens
 
 
 class Clock:
@@ -106,7 +104,7 @@ def theirs(plain, batches, count):
     for batch in batches:
         x_BT = torch.tensor(batch)
         made = plain.generate(x_BT, attention_mask=torch.ones_like(x_BT), max_new_tokens=count, do_sample=False, pad_token_id=0)
-        texts += made[:, PROMPT:].tolist()
+        texts += made[:, x_BT.shape[1] :].tolist()
     return texts, []
 
 
@@ -119,13 +117,14 @@ def ours(model, batches, count, num_heads):
 def measure(name, args):
     """Rows of one model, batch 1 and 8, every form."""
     model = common.load_mtp(name).eval()
-    folder = common._model_dir(name)
+    folder = common.model_dir(name)
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     plain.generation_config.eos_token_id = None
     tokenizer = common.load_tokenizer(folder)
-    ids = tokenizer(inspect.getsource(argparse), add_special_tokens=False).input_ids
-    every = (len(ids) - PROMPT) // args.prompts
-    prompts = [ids[i * every : i * every + PROMPT] for i in range(args.prompts)]
+    record = Path(name) / "args.json"
+    record = json.loads(record.read_text()) if record.exists() else {}
+    data, _ = evaluate.load_heldout(evaluate.Args(), record, tokenizer, common.Ranks())
+    prompts = evaluate.beginnings(data, args.prompts)
     H, rows = len(model.heads.layers), []
     for size in args.batches:
         batches = [prompts[first : first + size] for first in range(0, len(prompts), size)]
@@ -216,7 +215,7 @@ def main():
         "kernel": platform.release(),
         "packages": {name: version(name) for name in ("torch", "transformers", "numpy")},
     }
-    settings = {"rounds": args.rounds, "new_tokens": args.tokens, "prompts": args.prompts, "prompt_tokens": PROMPT}
+    settings = {"rounds": args.rounds, "new_tokens": args.tokens, "prompts": args.prompts}
     command = " ".join(["python benchmarks/decoding.py", *(Path(n).name for n in args.models), *sys.argv[1 + len(args.models) :]])
     what = {"command": command, **commit()}
     what |= {
