@@ -124,7 +124,7 @@ def measure(name, args):
     record = Path(name) / "args.json"
     record = json.loads(record.read_text()) if record.exists() else {}
     data, _ = evaluate.load_heldout(evaluate.Args(), record, tokenizer, common.Ranks())
-    prompts = evaluate.beginnings(data, args.prompts)
+    prompts = [p for p in evaluate.beginnings(data, args.prompts + 1) if len(p) == 64][: args.prompts]  # theirs needs one length
     H, rows = len(model.heads.layers), []
     for size in args.batches:
         batches = [prompts[first : first + size] for first in range(0, len(prompts), size)]
