@@ -157,7 +157,7 @@ class Args:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {least}, below 2^63")
         if self.lambda_ is None:
             self.lambda_ = 0.3 if self.mode == "weighted" else 0.0
-        limits = {"lambda_": (0, 1), "temperature": (1e-6, 1e6), "epsilon": (0, 1), "max_weight": (1, 1e9), "min_excess": (0, 1e9)}
+        limits = dict(lambda_=(0, 1), temperature=(1e-6, 1e6), epsilon=(0, 1), max_weight=(1, 1e9), min_excess=(0, 1e9))
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
                 flag = name.rstrip("_").replace("_", "-")
@@ -205,79 +205,73 @@ def weights_of_scores(score_N, key, args):
 def target_weights(loss_KBT, ref_KBT, batch, key, args, ranks):
     """Weight of every target of this rank, `[K, B, T]`, and what `rho1_metrics` needs of head 1's targets of all ranks.
 
-    Losses of all ranks are gathered, so each computes the weights of all: the same on any number of ranks, and with shards
-    that have no target. Nothing here has a gradient. `key` seeds the controls.
+    The losses of all ranks are gathered, and each computes all weights: so they are the same on any number of ranks, and a
+    shard may have no target. Nothing here has a gradient. `key` seeds the controls.
     """
-    scored, num_heads = len(ref_KBT), len(loss_KBT)  # heads that have a score of their own: 1 or all
+    scored = len(ref_KBT)  # heads that have a score of their own: 1, or all
     noise_KBT = weights_of_targets(batch.is_noise_BT.float(), scored)
-    valid_KBT = batch.targets_KBT[:scored] != IGNORE
-    parts_RCKBT = ranks.gather(torch.stack([loss_KBT[:scored].detach(), ref_KBT, noise_KBT, valid_KBT.float()]))
+    valid_KBT = (batch.targets_KBT[:scored] != IGNORE).float()
+    parts_RCKBT = ranks.gather(torch.stack([loss_KBT[:scored].detach(), ref_KBT, noise_KBT, valid_KBT]))
     weight_RKBT = torch.ones_like(parts_RCKBT[:, 0])
-    for k in range(scored):
+    for k in reversed(range(scored)):
         valid_RBT = parts_RCKBT[:, 3, k] > 0
         loss_N, ref_N, noise_N = parts_RCKBT[:, :3, k].transpose(0, 1)[:, valid_RBT]
         score_N = token_scores(loss_N, ref_N, args)
         u_N = weights_of_scores(score_N, (*key, k), args)
-        weight_RKBT[:, k][valid_RBT] = weight_N = 1 + (1 - args.lambda_) * (u_N - 1)  # lambda + (1 - lambda) u; exactly 1 at u = 1
-        if k == 0:
-            told_6N = torch.stack([score_N, weight_N, (u_N > 0).float(), loss_N, ref_N, noise_N])
+        weight_N = 1 + (1 - args.lambda_) * (u_N - 1)  # lambda + (1 - lambda) u, and exactly 1 where u is
+        weight_RKBT[:, k][valid_RBT] = weight_N
     weight_KBT = weight_RKBT[ranks.rank]
     if args.score_heads == "first":
         weight_BT = torch.ones_like(weight_KBT[0])
         weight_BT[:, 1:] = weight_KBT[0, :, :-1]  # head 1's target at t is token t+1
-        weight_KBT = weights_of_targets(weight_BT, num_heads)
-    return weight_KBT, told_6N
+        weight_KBT = weights_of_targets(weight_BT, len(loss_KBT))
+    return weight_KBT, torch.stack([score_N, weight_N, (u_N > 0).float(), loss_N, ref_N, noise_N])
 
 
 def noise_auc(score_N, noise_N):
     """Probability that a noise token scores lower than a clean one, ties counted half: exact area under the curve."""
-    values, place_N, count = torch.unique(score_N, return_inverse=True, return_counts=True)
-    rank_N = (count.cumsum(0) - (count - 1) / 2)[place_N].double()  # mean rank of equal scores, from 1
+    _, place_N, count = torch.unique(score_N, return_inverse=True, return_counts=True)
+    rank_N = (count.cumsum(0) - (count - 1) / 2)[place_N].double()  # from 1, the mean one of equal scores
     noisy, clean = noise_N.sum().item(), (1 - noise_N).sum().item()
     return 1 - (rank_N[noise_N > 0].sum().item() - noisy * (noisy + 1) / 2) / (noisy * clean)
 
 
 def rho1_metrics(told, args):
-    """What README lists under `rho1/` and `weights/`, over head 1's targets of the whole update."""
+    """What README defines under `rho1/` and `weights/on_..`, over head 1's targets of the whole update."""
     score_N, weight_N, kept_N, loss_N, ref_N, noise_N = torch.cat(told, 1).cpu().double()
     if len(score_N) == 0:
         return {}
     metrics = {"rho1/excess_mean": (loss_N - ref_N).mean().item(), "rho1/kept_frac": kept_N.mean().item()}
-    now_N, untrained_N = select(score_N, args.skip_ratio), select(-ref_N, args.skip_ratio)
+    now_N, untrained_N = (select(s, args.skip_ratio) for s in (score_N, -ref_N))
     metrics |= {"rho1/overlap_untrained": ((now_N & untrained_N).sum() / now_N.sum()).item()}
     if 0 < noise_N.sum() < len(noise_N):
-        metrics |= {"weights/on_noise": weight_N[noise_N > 0].mean().item(), "weights/on_clean": weight_N[noise_N == 0].mean().item()}
-        metrics |= {"rho1/noise_auc": noise_auc(score_N, noise_N)}
+        on_noise, on_clean = weight_N[noise_N > 0].mean().item(), weight_N[noise_N == 0].mean().item()
+        metrics |= {"weights/on_noise": on_noise, "weights/on_clean": on_clean, "rho1/noise_auc": noise_auc(score_N, noise_N)}
     return metrics
 
 
 class Reference:
     """Losses of the reference model at every target: from a file that is made once, or (`--ref-online`) from the model.
 
-    A file belongs to a file of packed rows, lies beside it, and is named after it, the reference's weights and the type of
-    the products. It holds float32 `[rows, K, T]`, 0 where there is no target. While it is made it is called .part; a block
-    of rows is whole once its last number, which no target has, is 1. Ranks take turns with blocks, and blocks that are
-    whole are not made again after a kill, nor by another run at the same time.
+    The file lies beside the packed rows and is named after them, the reference's weights and the type of the products:
+    float32 `[rows, K, T]`, 0 where there is no target. Until it is whole it is called .part; of a whole block of rows the
+    last number, which no target has, is 1. Ranks take turns with blocks; after a kill, and for another run that needs the
+    same, whole blocks stay.
 
     Raises:
         UsageError: nothing there that can be read, or its losses would be of other tokens than the run's.
     """
 
-    BLOCK = 64  # rows
-
     def __init__(self, args, model, tokenizer, data, ranks):
         name, inside = f"--ref-model {args.ref_model}", Path(args.ref_model) / "model"
-        folder = self.folder = inside if (inside / "config.json").exists() else Path(args.ref_model)
-        self.name, self.args, self.ranks, self.model, self.losses = name, args, ranks, None, {}
+        folder = inside if (inside / "config.json").exists() else Path(args.ref_model)
         try:
-            config = transformers.AutoConfig.from_pretrained(str(folder))
-            other = load_tokenizer(str(folder))
+            config, other = transformers.AutoConfig.from_pretrained(str(folder)), load_tokenizer(str(folder))
         except Exception as error:  # what a broken file raises has no common class
             raise UsageError(f"{name}: no run folder or Hugging Face model that can be read ({first_line(error)})") from None
-        text = config.get_text_config()
-        rows, own = text.vocab_size, model.causal_lm.lm_head.weight.shape[0]
-        if rows != own:
-            raise UsageError(f"{name}: its vocabulary has {rows} entries, this run's {own}; use a reference with this tokenizer")
+        text, own = config.get_text_config(), model.causal_lm.lm_head.weight.shape[0]
+        if text.vocab_size != own:
+            raise UsageError(f"{name}: its vocabulary has {text.vocab_size} entries, this run's {own}; they must be the same")
         sample = tokenizer.batch_decode(data.train[:8]["input_ids"], skip_special_tokens=True)
         same = other.get_vocab() == tokenizer.get_vocab() and other.eos_token_id == tokenizer.eos_token_id
         if not same or other(sample)["input_ids"] != tokenizer(sample)["input_ids"]:
@@ -287,14 +281,14 @@ class Reference:
         heads = folder / HEADS_FILE
         held = int(safe_open(heads, "pt").metadata()["num_heads"]) if heads.exists() else 1
         if args.score_heads == "each" and held != args.num_heads:
-            raise UsageError(f"--score-heads each: {args.ref_model} has {held} head(s), --num-heads is {args.num_heads}; use first")
-        self.num_heads = held if args.score_heads == "each" else 1
+            raise UsageError(f"--score-heads each: {name} has {held} head(s), --num-heads is {args.num_heads}")
         files = sorted(f for f in folder.glob("*") if f.suffix in (".safetensors", ".bin") or f.name == "config.json")
         if folder.is_dir() and len(files) < 2:
             raise UsageError(f"{name}: {folder} holds no weights (.safetensors or .bin)")
-        digests = [hashlib.file_digest(open(f, "rb"), "sha256").hexdigest() for f in files]
-        made_of = " ".join(digests or [args.ref_model, str(config._commit_hash)])
-        self.fingerprint = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+        digests = [hashlib.file_digest(open(f, "rb"), "sha256").hexdigest() for f in files] or [name, str(config._commit_hash)]
+        self.fingerprint = hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
+        self.name, self.folder, self.args, self.ranks, self.model, self.losses = name, str(folder), args, ranks, None, {}
+        self.num_heads = held if args.score_heads == "each" else 1
         record = folder.parent / "args.json"
         record = json.loads(record.read_text()) if folder.name == "model" and record.exists() else {}
         if record.get("data_fingerprint") == data.fingerprint:
@@ -303,85 +297,73 @@ class Reference:
             ranks.say("reference held out other text than this run does: it may have been trained on what is held out here")
 
     def prepare(self, data):
-        """Make or map the losses of all training rows and of the first held-out ones (`write_sample`)."""
+        """Map, after making what is missing, the losses of all training rows and of the held-out rows of `write_sample`."""
         if self.args.ref_online:
-            self.model = self._load()
-        else:
-            for part, rows in (("train", data.train), ("heldout", data.heldout.select(range(min(3, len(data.heldout)))))):
-                self.losses[part] = self._stored(rows)
-            self.model = None
+            return self.load()
+        for part, rows in (("train", data.train), ("heldout", data.heldout.select(range(min(3, len(data.heldout)))))):
+            self.losses[part] = self.stored(rows)
+        self.model = None
 
-    def __call__(self, batch, part="train"):
-        """Losses `[K, B, T]` of the reference at the targets of its first K heads, nats, without gradient."""
-        if self.args.ref_online:
-            return self._computed(batch)
-        losses_BKT = self.losses[part][batch.rows_B, : len(batch.targets_KBT)]
-        return torch.from_numpy(losses_BKT).transpose(0, 1).to(batch.x_BT.device)
-
-    def _load(self):
+    def load(self):
         try:
-            return load_mtp(str(self.folder)).to(self.ranks.device).eval()
+            self.model = self.model or load_mtp(self.folder).to(self.ranks.device).eval()
         except UsageError as error:
             raise UsageError(str(error).replace("--model", "--ref-model", 1)) from None
 
-    @torch.no_grad()
-    def _computed(self, batch):
-        with self.ranks.autocast():
+    def __call__(self, batch, part="train"):
+        """Losses `[K, B, T]` of the reference's K heads (1 unless `--score-heads each`) at their targets, nats."""
+        if part in self.losses:
+            losses_BKT = self.losses[part][batch.rows_B, : len(batch.targets_KBT)]
+            return torch.from_numpy(losses_BKT).transpose(0, 1).to(batch.x_BT.device)
+        with torch.no_grad(), self.ranks.autocast():
             return self.model(batch.x_BT, batch.targets_KBT[: self.num_heads])
 
-    def _stored(self, rows):
-        source = Path(rows.cache_files[0]["filename"])
-        made_of = f"1 {self.fingerprint} {self.num_heads} {self.ranks.dtype}"
+    def stored(self, rows):
+        """The file's losses of all `rows`, memory-mapped."""
+        source, made_of = Path(rows.cache_files[0]["filename"]), f"1 {self.fingerprint} {self.num_heads} {self.ranks.dtype}"
         file = source.with_name(f"{source.stem}-{len(rows)}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.f32")
-        part, shape = file.with_suffix(".part"), (len(rows), self.num_heads, self.args.seq_len)
-        blocks = [(first, min(first + self.BLOCK, len(rows))) for first in range(0, len(rows), self.BLOCK)]
+        part, shape, size = file.with_suffix(".part"), (len(rows), self.num_heads, self.args.seq_len), 8192 // self.args.seq_len
+        blocks = np.array_split(np.arange(len(rows)), math.ceil(len(rows) / max(1, size)))
         if not file.exists():
             part.touch()
             there = np.memmap(part, np.float32, "r+", shape=shape)  # grows to its size, of zeros
-            for number, (first, last) in enumerate(blocks[self.ranks.rank :: self.ranks.world_size]):
-                if there[last - 1, -1, -1] != 1:
-                    self.model = self.model or self._load()
-                    self._make_block(part, rows, first, last)
-                if number % 50 == 0:
-                    self.ranks.say(f"reference losses of {first:,} of {len(rows):,} rows, kept in {part.name}")
+            for number, block in enumerate(blocks[self.ranks.rank :: self.ranks.world_size]):
+                if number % 100 == 0:
+                    self.ranks.say(f"reference losses of {block[0]:,} of {len(rows):,} rows are in {part}")
+                if there[block[-1], -1, -1] != 1:
+                    self.load()
+                    losses_KBT = self(load_batch(rows, block, self.num_heads, self.ranks.device), "new")
+                    with open(part, "r+b") as f:
+                        f.seek(int(block[0]) * there[0].nbytes)
+                        f.write(losses_KBT.transpose(0, 1).float().cpu().numpy().tobytes())
+                        f.flush()
+                        os.fsync(f.fileno())  # the mark must not come before what it speaks of
+                        f.seek(-4, os.SEEK_CUR)
+                        f.write(np.float32(1).tobytes())
         self.ranks.barrier()
         with self.ranks.first() as alone:
             if alone and not file.exists():
                 there = np.memmap(part, np.float32, "r", shape=shape)
-                assert all(there[last - 1, -1, -1] == 1 for _, last in blocks), "a rank left out a block"
+                assert all(there[block[-1], -1, -1] == 1 for block in blocks), f"{part} lacks blocks that some rank made"
                 part.replace(file)
             if alone and file.stat().st_size != 4 * math.prod(shape):
-                raise UsageError(f"{self.name}: its losses in {file} are not of these {len(rows)} rows; remove that file")
+                raise UsageError(f"{self.name}: its losses in {file} are not those of these {len(rows)} rows; remove that file")
         return np.memmap(file, np.float32, "r", shape=shape)
-
-    def _make_block(self, part, rows, first, last):
-        size, losses = max(1, 8192 // self.args.seq_len), []
-        for start in range(first, last, size):
-            batch = load_batch(rows, np.arange(start, min(start + size, last)), self.num_heads, self.ranks.device)
-            losses.append(self._computed(batch).float().transpose(0, 1).cpu().numpy())  # [rows, K, T]
-        losses = np.concatenate(losses)
-        losses[-1, -1, -1] = 0
-        with open(part, "r+b") as f:
-            f.seek(first * losses[0].nbytes)
-            f.write(losses.tobytes())
-            f.flush()
-            os.fsync(f.fileno())  # the mark must not come before what it speaks of
-            f.seek(-4, os.SEEK_CUR)
-            f.write(np.float32(1).tobytes())
 
 
 @torch.no_grad()
 def write_sample(model, reference, data, run_dir, args, ranks):
-    """Leave `weights.json`: ids of up to 3 held-out rows and the weight of each token (None: no valid target) among them."""
+    """Leave `weights.json`: ids of up to 3 held-out rows and the weight of each token (null: no target) among them all."""
     batch = load_batch(data.heldout, np.arange(min(3, len(data.heldout))), args.num_heads, ranks.device)
     model.eval()
     with ranks.autocast():
         loss_KBT = model(batch.x_BT, batch.targets_KBT)
-    one = replace(ranks, rank=0, world_size=1)  # every rank has the same rows
-    weight_KBT, _ = target_weights(loss_KBT, reference(batch, "heldout"), batch, (args.seed, args.max_steps, 0), args, one)
-    weight_BT, valid_BT = weight_KBT[0].tolist(), (batch.targets_KBT[0] != IGNORE).tolist()
-    sample = [{"row": int(row), "ids": x, "weight": [None] + [w if v else None for w, v in zip(weights[:-1], valid)]}
-              for row, x, weights, valid in zip(batch.rows_B, batch.x_BT.tolist(), weight_BT, valid_BT)]  # fmt: skip
+    alone = replace(ranks, rank=0, world_size=1)  # every rank has the same rows
+    key, sample = (args.seed, args.max_steps, 0), []
+    weight_BT = target_weights(loss_KBT, reference(batch, "heldout"), batch, key, args, alone)[0][0]
+    for row, ids, weights, targets in zip(batch.rows_B, batch.x_BT.tolist(), weight_BT.tolist(), batch.targets_KBT[0].tolist()):
+        weight = [None] + [None if target == IGNORE else w for w, target in zip(weights[:-1], targets)]
+        sample.append({"row": int(row), "ids": ids, "weight": weight})
     if ranks.rank == 0:
         write_whole(run_dir / "weights.json", json.dumps(sample))
 
