@@ -1,4 +1,4 @@
-"""rho1_wmtp.py: weights against a slow loop, the baseline, a plain model; its file of reference losses; runs, ranks, bad input."""
+"""rho1_wmtp.py: weights against a slow loop, the baseline, a plain model; file of reference losses; runs, ranks, bad input."""
 
 import difflib
 import json
@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -340,7 +341,8 @@ def test_killed_and_resumed_equals_straight(material, straight, tmp_path):
 
 
 def environment(material):
-    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": str(material / "cache")}
+    words = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return os.environ | words | {"HF_DATASETS_CACHE": str(material / "cache")}
 
 
 # ------------------------------------------------------------------------------------------------------------- two ranks
@@ -362,8 +364,9 @@ def case_of(name, rank):
     return loss_KBT, ref_KBT, batch
 
 
-def on_two_ranks(material, straight):
-    """What torchrun starts: the cases, then the runs."""
+def on_two_ranks(material, straight, ports):
+    """What each of two processes does: the cases, then the runs, each in a process group of its own."""
+    os.environ["MASTER_PORT"] = ports.pop()
     ranks, found = common.setup_ranks("cpu", "fp32"), {}
     for name in CASES:
         for changes in VARIANTS:
@@ -375,7 +378,7 @@ def on_two_ranks(material, straight):
     torch.save(found, material / f"cases.{ranks.rank}")
     torch.distributed.destroy_process_group()
     for name, changes in straight.items():
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+        os.environ["MASTER_PORT"] = ports.pop()
         assert rho1(material, material / f"two {name}", **changes | {"micro_batch_size": 2}) == 0
 
 
@@ -384,11 +387,21 @@ def two_ranks(material, straight):
     for file in (material / "cache/wmtp").glob("*.f32"):  # so that two ranks make it
         file.rename(file.with_suffix(".kept"))
     (material / "straight.json").write_text(json.dumps(straight, default=str))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2", "--master-port", "29731"]
-    done = subprocess.run(
-        [*launch, __file__, str(material)], capture_output=True, text=True, env=environment(material), timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    sockets = [socket.create_server(("localhost", 0)) for _ in range(1 + len(straight))]
+    ports = [str(s.getsockname()[1]) for s in sockets]
+    for s in sockets:
+        s.close()
+    command, processes = [sys.executable, __file__, str(material), *ports], []
+    for rank in "01":
+        env = environment(material) | dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="localhost")
+        with open(material / f"printed.{rank}", "w") as out:
+            processes.append(subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], [(material / f"printed.{rank}").read_text()[-3000:] for rank in "01"]
     return material
 
 
@@ -667,14 +680,14 @@ def test_bad_input_is_one_line_and_exit_code_2(material, tmp_path, capsys, chang
     assert not (tmp_path / "run").exists()
 
 
-def test_the_help_ends_with_the_algorithm(capsys):
-    run(rho1_wmtp, ["--help"])
-    manual = capsys.readouterr().out
-    names = re.findall(r"^│ --([a-z-]+)", manual[manual.index("─ options ─") :], re.MULTILINE)
+def test_the_help_ends_with_the_algorithm(material):
+    done = subprocess.run([sys.executable, ROOT / "rho1_wmtp.py", "--help"], capture_output=True, text=True)
+    manual = done.stdout[done.stdout.index("─ options ─") :]
+    names = re.findall(r"^│ --([a-z-]+)", manual, re.MULTILINE)
     own = "lambda temperature epsilon max-weight ref-model mode skip-ratio score score-heads min-excess control ref-online"
-    assert names[-12:] == own.split() and names[0] == "run-dir"
+    assert done.returncode == 0 and names[-12:] == own.split() and names[0] == "run-dir"
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    on_two_ranks(folder, json.loads((folder / "straight.json").read_text()))
+    on_two_ranks(folder, json.loads((folder / "straight.json").read_text()), sys.argv[2:])
