@@ -48,11 +48,11 @@ SCORES = ("excess", "abs", "loss", "reference")
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder of runs and results")
-    parser.add_argument("--model", default="", help="as --model of the scripts; empty: a small Llama of 0.9 M parameters")
+    parser.add_argument("--model", default="", help="as --model of the scripts; empty: a Llama of 4 layers, width 96")
     parser.add_argument("--noise-frac", type=float, default=0.3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-heads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--ref-steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--device", default="auto")
@@ -255,7 +255,7 @@ def main():
     out = Path(args.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     began, os.environ["OMP_NUM_THREADS"] = time.time(), "1"
-    config = dict(model_type="llama", vocab_size=259, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
+    config = dict(model_type="llama", vocab_size=259, hidden_size=96, intermediate_size=256, num_hidden_layers=4,
                   num_attention_heads=4, initializer_range=0.05, max_position_embeddings=2048, tie_word_embeddings=False,
                   pad_token_id=0, eos_token_id=1, bos_token_id=None)  # fmt: skip
     (out / "config.json").write_text(json.dumps(config))
