@@ -278,11 +278,10 @@ def test_a_reference_equal_to_the_model_gives_equal_weights(material, tmp_path):
 
 
 def test_losses_from_the_file_and_online_give_the_same_run(material, tmp_path):
-    for mode in ("weighted", "token_skip"):
-        assert rho1(material, tmp_path / f"{mode} a", mode=mode, micro_batch_size=4) == 0
-        assert rho1(material, tmp_path / f"{mode} b", mode=mode, micro_batch_size=4, ref_online=True) == 0
-        for a, b in zip(metrics_of(tmp_path / f"{mode} a"), metrics_of(tmp_path / f"{mode} b")):
-            assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    assert rho1(material, tmp_path / "file", micro_batch_size=4) == 0
+    assert rho1(material, tmp_path / "online", micro_batch_size=4, ref_online=True) == 0
+    for a, b in zip(metrics_of(tmp_path / "file"), metrics_of(tmp_path / "online")):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
 def test_the_whole_run_equals_a_plain_loop(material, tmp_path):
@@ -327,22 +326,32 @@ def straight(material):
     return settings
 
 
-def test_killed_and_resumed_equals_straight(material, straight, tmp_path):
-    """Killed within the updates; the run that goes on has the figures, weights and sample of the straight one."""
-    words = flags(material, tmp_path / "run", ref_model=material / "reference")
-    process = subprocess.Popen([sys.executable, str(ROOT / "rho1_wmtp.py"), *words], env=environment(material),
-                               stdout=subprocess.DEVNULL)  # fmt: skip
-    metrics, deadline = tmp_path / "run/metrics.jsonl", time.time() + 120
+def test_killed_and_resumed_equals_straight(material, tmp_path):
+    """Killed within the updates; the run that goes on has the figures, weights and sample of the straight one, bit for bit."""
+
+    def start(name):
+        command = [
+            sys.executable,
+            str(ROOT / "rho1_wmtp.py"),
+            *flags(material, tmp_path / name, ref_model=material / "reference"),
+        ]
+        return subprocess.Popen(command, env=environment(material), stdout=subprocess.PIPE, text=True)
+
+    straight, killed = start("straight"), start("killed")
+    metrics, deadline = tmp_path / "killed/metrics.jsonl", time.time() + 120
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 5):  # the save of step 4 waits for that of step 2
-        assert process.poll() is None and time.time() < deadline
+        assert killed.poll() is None and time.time() < deadline
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "run/model").exists(), "the run ended before it could be killed"
-    assert rho1(material, tmp_path / "run") == 0
-    assert metrics_of(tmp_path / "run") == metrics_of(material / "straight weighted")
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "killed/model").exists(), "the run ended before it could be killed"
+    resumed = start("killed")
+    assert "resume    from" in resumed.communicate(timeout=120)[0] and resumed.returncode == 0
+    straight.communicate(timeout=120)
+    assert straight.returncode == 0
+    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "straight")
     for file in ("weights.json", "model/model.safetensors", "model/mtp_heads.safetensors"):
-        assert (tmp_path / "run" / file).read_bytes() == (material / "straight weighted" / file).read_bytes()
+        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
 
 
 def environment(material):
@@ -652,6 +661,7 @@ BAD = [
     (dict(ref_model="{folder}"), ["--ref-model", "no weights"]),
     (dict(ref_model="{folder}/wide"), ["--ref-model", "300 entries", "259"]),
     (dict(ref_model="{folder}/words"), ["--ref-model", "tokenizer"]),
+    (dict(model="{folder}/words", ref_model="{folder}/merged"), ["--ref-model", "tokenizer", "--model"]),
     (dict(ref_model="{folder}/short"), ["--ref-model", "16 tokens", "--seq-len is 32"]),
     (dict(score_heads="each"), ["--score-heads each", "1 head", "--num-heads is 4"]),
     (dict(skip_ratio=1), ["--skip-ratio 1.0", "below 1"]),
@@ -667,17 +677,22 @@ BAD = [
 
 @pytest.mark.parametrize("changes, words", BAD, ids=[str(c) for c, _ in BAD])
 def test_bad_input_is_one_line_and_exit_code_2(material, tmp_path, capsys, changes, words):
-    for name, change in (("wide", dict(vocab_size=300)), ("short", dict(max_position_embeddings=16)), ("words", {})):
-        if not (material / name).exists():
-            transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG | change)).save_pretrained(material / name)
-    if not (material / "words/tokenizer.json").exists():
-        from tokenizers import Tokenizer, models, pre_tokenizers
+    if not (material / "merged").exists():
+        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-        vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {chr(i): i for i in range(3, 259)}
-        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        for name, change in (
+            ("wide", dict(vocab_size=300)),
+            ("short", dict(max_position_embeddings=16)),
+            ("words", {}),
+            ("merged", {}),
+        ):
+            transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG | change)).save_pretrained(material / name)
+        tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2} | {chr(i): i for i in range(3, 259)}, "<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
         special = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
         transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(material / "words")
+        tokenizer.normalizer = normalizers.Replace("x", "y")  # the same vocabulary, other tokens of the same text
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(material / "merged")
     changes = {k: v.format(folder=material) if isinstance(v, str) else v for k, v in changes.items()}
     assert rho1(material, tmp_path / "run", **changes) == 2
     error = capsys.readouterr().err.strip()
