@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import bugs
+import outcomes
 from common import IGNORE, UsageError, first_line
 
 
@@ -40,12 +42,13 @@ class Data:
     order0_bits_per_byte: float  # entropy of the byte frequencies of that text
     zlib_bits_per_byte: float  # the same text as one stream through zlib level 9
     prompt: str  # the beginning of a held-out document
+    heldout_records: object = None  # of data with outcomes: the record of each held-out row, in order
 
 
-PRESETS = ("stdlib", "mbpp", "stdlib:a", "stdlib:b")
+PRESETS = ("stdlib", "stdlib-bugs", "mbpp", "stdlib:a", "stdlib:b")
 
 
-def load_data(name, tokenizer, seq_len, seed, noise_frac, ranks):
+def load_data(name, tokenizer, seq_len, seed, noise_frac, ranks, reward_model="", tagged=False):
     """Read, split by document, tokenise once into a cache, and memory-map what `--data` names.
 
     Args:
@@ -56,17 +59,19 @@ def load_data(name, tokenizer, seq_len, seed, noise_frac, ranks):
             `stdlib:a` and `stdlib:b` train on one half each of what `stdlib` trains on with seed 0, and hold out the
             same as it, whatever the seed: for a reference model that has seen nothing of what it scores or is judged on.
         noise_frac: share of the non-blank training lines replaced by random printable characters.
+        reward_model, tagged: of records with outcomes, see `outcomes.py`. Their rows have the columns `reward` and `sibling`
+            too; 10 % of the bytes are held out, siblings together, and held-out figures are of the correct ones.
 
     Raises:
         UsageError: nothing there, columns missing, no document left that fits.
     """
-    load = functools.partial(_load_data, name, tokenizer, seq_len, seed, noise_frac)
+    load = functools.partial(_load_data, name, tokenizer, seq_len, seed, noise_frac, reward_model, tagged, ranks.device)
     with ranks.first() as alone:  # rank 0 fills the cache, the others then find it
         data = load(ranks.say) if alone else None
     return data or load(lambda text: None)
 
 
-def _load_data(name, tokenizer, seq_len, seed, noise_frac, say):
+def _load_data(name, tokenizer, seq_len, seed, noise_frac, reward_model, tagged, device, say):
     import datasets
 
     datasets.disable_progress_bars()
@@ -75,7 +80,10 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, say):
     if seq_len < 2:
         raise UsageError(f"--seq-len {seq_len}: at least 2")
     base, _, half = name.partition(":") if name in PRESETS else (name, "", "")
-    documents, train_numbers, heldout_numbers = _split(*_read_documents(base), 0 if half else seed, name)
+    documents, task_ids = _read_documents(base)
+    documents = outcomes.with_rewards(documents, name, reward_model, device, say)
+    documents, train_numbers, heldout_numbers = _split(documents, task_ids, 0 if half else seed, name)
+    judged = "reward" in documents.column_names
     if half:  # by the text, so that copies of a file fall into one half
         sides = np.array([zlib.crc32(text.encode("utf-8", "replace")) % 2 for text in documents["text"]])
         train_numbers = train_numbers[sides[train_numbers] == "ab".index(half)]
@@ -89,6 +97,8 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, say):
         if len(numbers) == 0:
             raise UsageError(f"--data {name}: no document left for the {part} part")
         chosen = documents.select(numbers)
+        if judged and tagged:
+            chosen = outcomes.with_tags(chosen, all_good=part == "heldout")
         text = hashlib.sha256()
         for batch in chosen.iter(1000):
             for values in zip(*(batch[c] for c in chosen.column_names)):
@@ -107,6 +117,12 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, say):
             raise UsageError(
                 f"--data {name}: no {part} record fits into --seq-len {seq_len} (longest completion: {longest} characters)"
             )
+        if judged:
+            kept = chosen.select(rows.select_columns("document").with_format("numpy")[:]["document"].max(1))
+            reward, sibling = kept["reward"][:], kept["sibling"][:]
+            if max(reward) <= outcomes.CORRECT:
+                raise UsageError(f"--data {name}: no {part} record has a reward above {outcomes.CORRECT}, so none is correct")
+            rows = rows.add_column("reward", reward).add_column("sibling", sibling)
         parts[part] = rows.with_format("numpy")
         texts.append(text.hexdigest())
         lost = len(chosen) - len(rows) if "prompt" in documents.column_names else 0
@@ -115,6 +131,9 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, say):
     heldout = documents.select(heldout_numbers)
     if "prompt" in documents.column_names:  # records that were left out are not measured
         heldout = heldout.select(np.unique(np.array(parts["heldout"]["document"]).max(1)))
+    records = list(heldout) if judged else None
+    if judged:
+        heldout = heldout.filter(lambda record: record["reward"] > outcomes.CORRECT)
     return Data(
         **parts,
         fingerprint=hashlib.sha256("".join(texts).encode()).hexdigest()[:16],
@@ -122,6 +141,7 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, say):
         heldout_fingerprint=file.stem[:16],
         **_yardsticks(heldout, tokenizer),
         prompt=_first_lines(heldout),
+        heldout_records=records,
     )
 
 
@@ -131,6 +151,9 @@ def _read_documents(name):
 
     if name == "stdlib":
         return datasets.Dataset.from_dict({"text": _stdlib()}), None
+    if name == "stdlib-bugs":
+        records = bugs.stdlib_bugs(_stdlib(), Path(datasets.config.HF_DATASETS_CACHE) / "wmtp")
+        return datasets.Dataset.from_dict(records), None
     path = Path(name)
     builders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
     try:
@@ -161,8 +184,11 @@ def _read_documents(name):
             raise UsageError(f"--data {name}: the column {column} holds something else than text")
     if {"task_id", "text", "code", "test_list"} <= columns:
         return loaded.map(mbpp_record, remove_columns=loaded.column_names), loaded["task_id"]
+    if (judged := outcomes.read_pairs(loaded)) is not None:
+        return judged, None
     if {"prompt", "completion"} <= columns:
-        return loaded.select_columns(["prompt", "completion"]).filter(lambda r: bool(r["completion"])), None
+        kept = ["prompt", *({"reward"} & columns), "completion"]
+        return loaded.select_columns(kept).filter(lambda r: bool(r["completion"])), None
     for column in ("text", "content"):
         if column in columns:
             chosen = loaded.select_columns([column]).filter(lambda r: bool(r[column]))  # noqa: B023
@@ -219,15 +245,23 @@ def _split(documents, task_ids, seed, name):
         raise UsageError(f"--data {name}: {len(documents)} document(s) with text; training and held-out part need one each")
     texts = documents.flatten_indices().data.column(documents.column_names[-1])
     lengths = pc.binary_length(texts).to_numpy()
-    budget = min(4_000_000, 0.03 * lengths.sum())
+    judged = "group" in documents.column_names  # records with outcomes: all of a prompt, or of a file, on one side
+    group = np.unique(documents["group"][:], return_inverse=True)[1] if judged else np.arange(len(lengths))
+    sizes = np.bincount(group, lengths)
+    if len(sizes) < 2:
+        raise UsageError(f"--data {name}: all records have one prompt; training and held-out part need one each")
+    budget = min(4_000_000, (0.1 if judged else 0.03) * lengths.sum())
     heldout, used = [], 0
-    for number in np.random.default_rng(seed).permutation(len(lengths)):
-        if used + lengths[number] <= budget:
+    for number in np.random.default_rng(seed).permutation(len(sizes)):
+        if used + sizes[number] <= budget:
             heldout.append(number)
-            used += lengths[number]
-    heldout = np.array(sorted(heldout) or [int(lengths.argmin())])
-    kept_back = {tuple(documents[int(n)].values()) for n in heldout}
-    copies = [n for n in np.flatnonzero(np.isin(lengths, lengths[heldout])) if tuple(documents[int(n)].values()) in kept_back]
+            used += sizes[number]
+    heldout = np.flatnonzero(np.isin(group, heldout or [int(sizes.argmin())]))
+    text = documents.select_columns([c for c in ("text", "prompt", "completion") if c in documents.column_names])
+    alike = np.flatnonzero(np.isin(lengths, lengths[heldout]))  # copies have the length of what they are copies of
+    texts = [values for batch in text.select(alike).iter(1000) for values in zip(*batch.values())]
+    kept_back = {values for values, held in zip(texts, np.isin(alike, heldout)) if held}
+    copies = [number for number, values in zip(alike, texts) if values in kept_back]
     return documents, np.setdiff1d(np.arange(len(lengths)), copies), heldout
 
 
@@ -366,15 +400,23 @@ class Batch:
     x_BT: torch.Tensor  # tokens
     targets_KBT: torch.Tensor  # the token k places on, or IGNORE
     is_noise_BT: torch.Tensor  # True for tokens that `--noise-frac` made
+    completion_BT: torch.Tensor  # True for tokens that are no prompt and no padding, whatever the outcome
+    reward_B: torch.Tensor  # outcome, 0 to 1; 1 where the data has none
 
 
-def load_batch(rows, numbers, num_heads, device):
-    """The rows of these numbers as one `Batch` with targets for heads 1..num_heads; numbers < 0 give rows without targets."""
+def load_batch(rows, numbers, num_heads, device, train_on="correct"):
+    """The rows of these numbers as one `Batch` with targets for heads 1..num_heads; numbers < 0 give rows without targets.
+
+    So do records that are not correct by their outcome: they are not to be imitated, unless `train_on` is "all".
+    """
     columns = rows[np.maximum(numbers, 0)]
     x_BT, document_BT = columns["input_ids"].astype(np.int64), columns["document"]
-    is_target_BT = columns["is_target"] & (numbers >= 0)[:, None]
-    targets_KBT = make_targets(x_BT, document_BT, is_target_BT, num_heads)
-    return Batch(numbers, *(torch.from_numpy(a).to(device) for a in (x_BT, targets_KBT, columns["is_noise"])))
+    completion_BT = columns["is_target"] & (numbers >= 0)[:, None]
+    reward_B = columns.get("reward", np.ones(len(numbers))).astype(np.float32)
+    imitated_B = reward_B > outcomes.CORRECT if train_on == "correct" else np.full(len(numbers), True)
+    targets_KBT = make_targets(x_BT, document_BT, completion_BT & imitated_B[:, None], num_heads)
+    arrays = (x_BT, targets_KBT, columns["is_noise"], completion_BT, reward_B)
+    return Batch(numbers, *(torch.from_numpy(a).to(device) for a in arrays))
 
 
 def make_targets(x_BT, document_BT, is_target_BT, num_heads):
@@ -386,10 +428,10 @@ def make_targets(x_BT, document_BT, is_target_BT, num_heads):
     return targets_KBT
 
 
-def micro_batches(rows, batch_size, micro_batch_size, seed, step, num_heads, ranks):
+def micro_batches(rows, batch_size, micro_batch_size, seed, step, num_heads, ranks, train_on="correct"):
     """This rank's share of update `step`, as micro-batches: the same rows in all, whatever ranks and accumulation."""
     numbers = batch_rows(len(rows), batch_size, seed, step).reshape(-1, ranks.world_size, micro_batch_size)
-    return [load_batch(rows, part, num_heads, ranks.device) for part in numbers[:, ranks.rank]]
+    return [load_batch(rows, part, num_heads, ranks.device, train_on) for part in numbers[:, ranks.rank]]
 
 
 def heldout_batches(data, micro_batch_size, num_heads, ranks):

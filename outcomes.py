@@ -1,0 +1,217 @@
+"""Records with an outcome: where their rewards come from, and how well a value function V tells the outcome.
+
+A record has `prompt`, `completion`, `reward` (0 to 1; above `CORRECT` it counts as correct), `group` (records that must stay on
+one side of the split), `sibling` (number of the task that it and its siblings solve) and the characters `fault_start` to
+`fault_end` of its completion that hold the fault, -1 where it is not known. Faults are for `judge` alone: no batch holds them.
+
+Shapes: B batch, T positions, N rows.
+"""
+
+import collections
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import UsageError, first_line
+
+CORRECT = 0.5  # a record is correct if its reward is above
+TAGS = {True: "# right\n", False: "# wrong\n"}  # equally long
+
+
+# --------------------------------------------------------------------------------------------------------------- records
+def read_pairs(loaded):
+    """Records of data in the layout of ConDefects or of CodeContests; None for any other."""
+    import datasets
+
+    columns, records = set(loaded.column_names), []
+    if {"correct", "faulty", "fault_location"} <= columns:  # 2310.16253; no statements, so the task's name is the prompt
+        for number, pair in enumerate(loaded):
+            lines = pair["faulty"].splitlines(keepends=True)
+            named = [int(n) for n in str(pair["fault_location"]).split(",") if n.strip().isdigit()]
+            at = named[0] - 1 if named and 1 <= named[0] <= len(lines) else None
+            start = -1 if at is None else sum(map(len, lines[:at]))
+            end = -1 if at is None else start + len(lines[at])
+            same = dict(prompt=f"# {pair.get('task', number)}\n", group=str(pair.get("task", number)), sibling=number)
+            records.append(same | dict(reward=1.0, fault_start=-1, fault_end=-1, completion=pair["correct"]))
+            records.append(same | dict(reward=0.0, fault_start=start, fault_end=end, completion=pair["faulty"]))
+    elif {"description", "solutions", "incorrect_solutions"} <= columns:  # as many wrong as right programs of a problem, in Python 3
+        for number, problem in enumerate(loaded):
+            sides = []
+            for name in ("solutions", "incorrect_solutions"):
+                programs = zip(problem[name]["language"], problem[name]["solution"])
+                sides.append([text for language, text in programs if language in (3, "PYTHON3") and text])
+            prompt = (
+                f"You are an expert Python programmer, and here is your task: {problem['description']}\n"
+                "Your program should read standard input and write standard output.\n[BEGIN]\n"
+            )
+            same = dict(prompt=prompt, group=str(number), sibling=number, fault_start=-1, fault_end=-1)
+            for right, wrong in zip(*sides):
+                records += [same | dict(reward=1.0, completion=right), same | dict(reward=0.0, completion=wrong)]
+    else:
+        return None
+    return datasets.Dataset.from_list([r for r in records if r["completion"]])
+
+
+def with_rewards(documents, name, reward_model, device, say):
+    """Records with reward, group, sibling and fault; unchanged where nothing gives them an outcome.
+
+    Where no group is named, the records of one prompt are siblings and stay on one side of the split. A reward must be true,
+    false or a number from 0 to 1; records that lack one are scored by `reward_model`, if it is named.
+
+    Raises:
+        UsageError: a reward is missing or outside of [0, 1].
+    """
+    if "prompt" not in documents.column_names or not (reward_model or "reward" in documents.column_names):
+        return documents
+    reward_N = documents["reward"][:] if "reward" in documents.column_names else [None] * len(documents)
+    try:
+        reward_N = np.array([np.nan if r is None else float(r) for r in reward_N])
+    except (TypeError, ValueError):
+        raise UsageError(f"--data {name}: the column reward holds something else than numbers from 0 to 1") from None
+    missing = np.flatnonzero(np.isnan(reward_N))
+    if len(missing) and not reward_model:
+        raise UsageError(f"--data {name}: record {missing[0] + 1} has no reward; critic_wmtp.py --reward-model NAME would score it")
+    if len(missing):
+        say(f"rewards   of {len(missing):,} of {len(reward_N):,} records from --reward-model {reward_model}")
+        chosen = documents.select(missing)
+        reward_N[missing] = scores(reward_model, chosen["prompt"][:], chosen["completion"][:], device)
+    if len(bad := np.flatnonzero((reward_N < 0) | (reward_N > 1))):
+        raise UsageError(f"--data {name}: record {bad[0] + 1} has the reward {reward_N[bad[0]]:g}; from 0 to 1")
+    numbers = np.unique(documents["prompt"][:], return_inverse=True)[1].tolist()
+    columns = {"group": numbers, "sibling": numbers, "fault_start": [-1] * len(numbers), "fault_end": [-1] * len(numbers)}
+    columns |= {c: documents[c][:] for c in columns if c in documents.column_names}
+    made = dict(prompt=documents["prompt"][:], reward=reward_N.tolist(), **columns, completion=documents["completion"][:])
+    return type(documents).from_dict(made)
+
+
+def with_tags(documents, all_good):
+    """Records whose prompt begins with a line that says the outcome; with `all_good` each is said to be correct."""
+    prompts = [TAGS[all_good or reward > CORRECT] + prompt for prompt, reward in zip(documents["prompt"], documents["reward"])]
+    return documents.remove_columns("prompt").add_column("prompt", prompts).select_columns(documents.column_names)
+
+
+@torch.no_grad()
+def scores(name, prompts, completions, device, batch_size=16):
+    """Rewards from 0 to 1 of a Hugging Face sequence classifier, read with its classification head, once: they are kept.
+
+    One output is a logit: sigmoid. Of two the second is the correct class: softmax. The text is prompt and completion.
+
+    Raises:
+        UsageError: no such model, another number of outputs, or a classification head that its files do not hold.
+    """
+    import datasets
+    import transformers
+
+    try:
+        load = transformers.AutoModelForSequenceClassification.from_pretrained
+        model, found = load(name, dtype=torch.float32, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # what a broken folder raises has no common class
+        raise UsageError(f"--reward-model {name}: cannot be read as a sequence classifier ({first_line(error)})") from None
+    if found["missing_keys"] or found["mismatched_keys"]:
+        lacking = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+        raise UsageError(f"--reward-model {name}: lacks {lacking[0]}, so it is no trained classifier; name a reward model")
+    if model.config.num_labels not in (1, 2):
+        raise UsageError(f"--reward-model {name}: has {model.config.num_labels} outputs; 1 (a logit) or 2 (wrong, correct) fit")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id  # decoders read the last token that is no padding
+    digest = hashlib.sha256(repr((sorted(tokenizer.get_vocab().items()), prompts, completions)).encode("utf-8", "replace"))
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode() + value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    file = Path(datasets.config.HF_DATASETS_CACHE) / "wmtp" / f"rewards-{digest.hexdigest()[:32]}.npy"
+    if not file.exists():
+        model, longest = model.to(device).eval(), getattr(model.config, "max_position_embeddings", None)
+        texts, rewards = [p + c for p, c in zip(prompts, completions)], []
+        for first in range(0, len(texts), batch_size):
+            options = dict(padding=True, truncation=longest is not None, max_length=longest, return_tensors="pt")
+            inputs = tokenizer(texts[first : first + batch_size], **options).to(device)
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.float()
+            rewards.append(torch.sigmoid(logits[:, 0]) if logits.shape[1] == 1 else torch.softmax(logits, -1)[:, 1])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp.npy")
+        np.save(temporary, torch.cat(rewards).cpu().double().numpy())
+        temporary.replace(file)
+    return np.load(file)
+
+
+def partners(rows):
+    """For every row the number of the next sibling row of the other outcome, cyclically; the row itself if there is none."""
+    correct_N, of = np.array(rows["reward"][:]) > CORRECT, collections.defaultdict(lambda: ([], []))
+    sibling_N = np.array(rows["sibling"][:]).tolist()
+    for number, sibling in enumerate(sibling_N):
+        of[sibling][int(correct_N[number])].append(number)
+    partner_N = np.arange(len(correct_N))
+    for wrong, right in of.values():
+        for own, other in ((wrong, right), (right, wrong)):
+            if other:
+                partner_N[own] = [other[i % len(other)] for i in range(len(own))]
+    return partner_N
+
+
+# -------------------------------------------------------------------------------------------------------------- judgement
+def area(score_N, positive_N):
+    """Area under the curve: probability that a positive scores higher than a negative, ties half; nan without both kinds."""
+    score_N, positive_N = np.asarray(score_N, float), np.asarray(positive_N, bool)
+    values, place = np.unique(score_N, return_inverse=True)
+    counts = np.stack([np.bincount(place[positive_N == kind], minlength=len(values)) for kind in (False, True)])
+    pairs = counts[0].sum() * counts[1].sum()
+    return float((counts[1] * (np.cumsum(counts[0]) - counts[0] / 2)).sum() / pairs) if pairs else float("nan")
+
+
+def judge(value_NT, data, tokenizer):
+    """How well V of every prefix of the held-out rows tells their outcome, beside predictors that know less.
+
+    `auc`: area under the curve of V after the last token, for correct against wrong records (a constant has 0.5).
+    `auc_position`: of the mean reward of the training completions of about this length (20 bins), all that a position tells.
+    `pairs`: share of (correct, wrong) siblings whose V at the end is in order, ties half.
+    `fault_token`, `fault_line`: of the wrong records whose fault is known, the share where the token at which V drops most lies
+    in the fault, or on its lines; `fault_token_chance`, `fault_line_chance`: the same for a token drawn at random.
+    """
+    columns, records = data.heldout[:], data.heldout_records
+    is_target_NT, reward_N = columns["is_target"], columns["reward"]
+    correct_N, length_N = reward_N > CORRECT, is_target_NT.sum(1)
+    last_N = is_target_NT.shape[1] - 1 - is_target_NT[:, ::-1].argmax(1)
+    end_N = value_NT[np.arange(len(last_N)), last_N]
+    train_N = np.concatenate([block["is_target"].sum(1) for block in data.train.iter(1000)])
+    edges = np.unique(np.quantile(train_N, np.linspace(0, 1, 21)[1:-1]))
+    bins = np.searchsorted(edges, train_N)
+    mean_reward = np.bincount(bins, data.train["reward"][:], len(edges) + 1) / np.maximum(1, np.bincount(bins, minlength=len(edges) + 1))
+    figures = {"auc": area(end_N, correct_N), "auc_position": area(mean_reward[np.searchsorted(edges, length_N)], correct_N)}
+    of = collections.defaultdict(lambda: ([], []))
+    for sibling, correct, value in zip(columns["sibling"].tolist(), correct_N, end_N):
+        of[sibling][int(correct)].append(value)
+    ordered = [(r > w) + (r == w) / 2 for wrong, right in of.values() for r in right for w in wrong]
+    figures["pairs"] = float(np.mean(ordered)) if ordered else float("nan")
+    found = collections.defaultdict(list)
+    for row in np.flatnonzero(~correct_N):
+        fault = fault_tokens(records[row], tokenizer, int(length_N[row]))
+        if fault is None:
+            continue
+        places = np.flatnonzero(is_target_NT[row])
+        drop = value_NT[row, places] - value_NT[row, places - 1]
+        drop[places == 0] = np.inf  # nothing stands before it
+        for name, inside in zip(("fault_token", "fault_line"), fault):
+            found[name].append(inside[drop.argmin()])
+            found[f"{name}_chance"].append(inside.mean())
+    return figures | {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def fault_tokens(record, tokenizer, length):
+    """Which of the `length` tokens of a completion lie in its fault, and which on its lines; None if that is not known."""
+    from data import encode
+
+    start, end, text = record["fault_start"], record["fault_end"], record["completion"]
+    if start < 0:
+        return None
+    line_start, line_end = text.rfind("\n", 0, start) + 1, text.find("\n", end - 1) % (len(text) + 1)
+    at = np.arange(len(text))
+    try:
+        inside = [encode(tokenizer, [text], False, [flags.astype(np.int32)])[0][1].astype(bool)
+                  for flags in ((at >= start) & (at < end), (at >= line_start) & (at <= line_end))]  # fmt: skip
+    except UsageError:  # a tokenizer that does not tell where its tokens lie
+        return None
+    return [np.append(flags, np.zeros(max(0, length - len(flags)), bool))[:length] for flags in inside]  # the end of sequence
