@@ -54,18 +54,18 @@ def make_records(texts):
                 functions.append((group, function, whole))
     columns, signs, lengths = collections.defaultdict(list), 0, 0
     for sibling, (group, function, whole) in enumerate(functions):
+        length = len(whole)
 
-        def imbalance(mutant, length=len(whole)):
-            change = len(mutant[1]) - length
+        def imbalance(mutant):
+            change = len(mutant[1]) - length  # noqa: B023
             return abs(signs + (change > 0) - (change < 0)), abs(lengths + change)  # noqa: B023
 
-        found = [m for m in mutants(function, random.Random(whole)) if m[1] not in seen and abs(len(m[1]) - len(whole)) <= MOST]
-        for kind, broken in sorted(found, key=imbalance):
-            if not same_code(whole, broken):
-                break
-        else:
+        found = [m for m in mutants(function, random.Random(whole)) if m[1] not in seen and abs(len(m[1]) - length) <= MOST]
+        found = (m for m in sorted(found, key=imbalance) if not same_code(whole, m[1]))
+        kind, broken = next(found, (None, None))
+        if kind is None:
             continue
-        change = len(broken) - len(whole)
+        change = len(broken) - length
         signs, lengths = signs + (change > 0) - (change < 0), lengths + change
         for text, reward in ((whole, 1.0), (broken, 0.0)):
             prompt, completion = text.split("\n", 1)

@@ -1,10 +1,11 @@
-"""Records with an outcome: where their rewards come from, and how well a value function V tells the outcome.
+"""Records with an outcome: where their rewards come from, and which are siblings.
 
 A record has `prompt`, `completion`, `reward` (0 to 1; above `CORRECT` it counts as correct), `group` (records that must stay on
 one side of the split), `sibling` (number of the task that it and its siblings solve) and the characters `fault_start` to
-`fault_end` of its completion that hold the fault, -1 where it is not known. Faults are for `judge` alone: no batch holds them.
+`fault_end` of its completion that hold the fault, -1 where it is not known. Faults are there to judge a value: no batch holds
+them.
 
-Shapes: B batch, T positions, N rows.
+Shapes: N records.
 """
 
 import collections
@@ -37,7 +38,7 @@ def read_pairs(loaded):
             same = dict(prompt=f"# {pair.get('task', number)}\n", group=str(pair.get("task", number)), sibling=number)
             records.append(same | dict(reward=1.0, fault_start=-1, fault_end=-1, completion=pair["correct"]))
             records.append(same | dict(reward=0.0, fault_start=start, fault_end=end, completion=pair["faulty"]))
-    elif {"description", "solutions", "incorrect_solutions"} <= columns:  # as many wrong as right programs of a problem, in Python 3
+    elif {"description", "solutions", "incorrect_solutions"} <= columns:  # as many wrong as right
         for number, problem in enumerate(loaded):
             sides = []
             for name in ("solutions", "incorrect_solutions"):
@@ -73,7 +74,7 @@ def with_rewards(documents, name, reward_model, device, say):
         raise UsageError(f"--data {name}: the column reward holds something else than numbers from 0 to 1") from None
     missing = np.flatnonzero(np.isnan(reward_N))
     if len(missing) and not reward_model:
-        raise UsageError(f"--data {name}: record {missing[0] + 1} has no reward; critic_wmtp.py --reward-model NAME would score it")
+        raise UsageError(f"--data {name}: record {missing[0] + 1} has no reward; critic_wmtp.py --reward-model scores it")
     if len(missing):
         say(f"rewards   of {len(missing):,} of {len(reward_N):,} records from --reward-model {reward_model}")
         chosen = documents.select(missing)
@@ -152,66 +153,14 @@ def partners(rows):
     return partner_N
 
 
-# -------------------------------------------------------------------------------------------------------------- judgement
-def area(score_N, positive_N):
-    """Area under the curve: probability that a positive scores higher than a negative, ties half; nan without both kinds."""
-    score_N, positive_N = np.asarray(score_N, float), np.asarray(positive_N, bool)
-    values, place = np.unique(score_N, return_inverse=True)
-    counts = np.stack([np.bincount(place[positive_N == kind], minlength=len(values)) for kind in (False, True)])
-    pairs = counts[0].sum() * counts[1].sum()
-    return float((counts[1] * (np.cumsum(counts[0]) - counts[0] / 2)).sum() / pairs) if pairs else float("nan")
+def check_outcomes(data, name):
+    """Refuse data from which no value can be learnt.
 
-
-def judge(value_NT, data, tokenizer):
-    """How well V of every prefix of the held-out rows tells their outcome, beside predictors that know less.
-
-    `auc`: area under the curve of V after the last token, for correct against wrong records (a constant has 0.5).
-    `auc_position`: of the mean reward of the training completions of about this length (20 bins), all that a position tells.
-    `pairs`: share of (correct, wrong) siblings whose V at the end is in order, ties half.
-    `fault_token`, `fault_line`: of the wrong records whose fault is known, the share where the token at which V drops most lies
-    in the fault, or on its lines; `fault_token_chance`, `fault_line_chance`: the same for a token drawn at random.
+    Raises:
+        UsageError: no rewards, or all alike.
     """
-    columns, records = data.heldout[:], data.heldout_records
-    is_target_NT, reward_N = columns["is_target"], columns["reward"]
-    correct_N, length_N = reward_N > CORRECT, is_target_NT.sum(1)
-    last_N = is_target_NT.shape[1] - 1 - is_target_NT[:, ::-1].argmax(1)
-    end_N = value_NT[np.arange(len(last_N)), last_N]
-    train_N = np.concatenate([block["is_target"].sum(1) for block in data.train.iter(1000)])
-    edges = np.unique(np.quantile(train_N, np.linspace(0, 1, 21)[1:-1]))
-    bins = np.searchsorted(edges, train_N)
-    mean_reward = np.bincount(bins, data.train["reward"][:], len(edges) + 1) / np.maximum(1, np.bincount(bins, minlength=len(edges) + 1))
-    figures = {"auc": area(end_N, correct_N), "auc_position": area(mean_reward[np.searchsorted(edges, length_N)], correct_N)}
-    of = collections.defaultdict(lambda: ([], []))
-    for sibling, correct, value in zip(columns["sibling"].tolist(), correct_N, end_N):
-        of[sibling][int(correct)].append(value)
-    ordered = [(r > w) + (r == w) / 2 for wrong, right in of.values() for r in right for w in wrong]
-    figures["pairs"] = float(np.mean(ordered)) if ordered else float("nan")
-    found = collections.defaultdict(list)
-    for row in np.flatnonzero(~correct_N):
-        fault = fault_tokens(records[row], tokenizer, int(length_N[row]))
-        if fault is None:
-            continue
-        places = np.flatnonzero(is_target_NT[row])
-        drop = value_NT[row, places] - value_NT[row, places - 1]
-        drop[places == 0] = np.inf  # nothing stands before it
-        for name, inside in zip(("fault_token", "fault_line"), fault):
-            found[name].append(inside[drop.argmin()])
-            found[f"{name}_chance"].append(inside.mean())
-    return figures | {name: float(np.mean(values)) for name, values in found.items()}
-
-
-def fault_tokens(record, tokenizer, length):
-    """Which of the `length` tokens of a completion lie in its fault, and which on its lines; None if that is not known."""
-    from data import encode
-
-    start, end, text = record["fault_start"], record["fault_end"], record["completion"]
-    if start < 0:
-        return None
-    line_start, line_end = text.rfind("\n", 0, start) + 1, text.find("\n", end - 1) % (len(text) + 1)
-    at = np.arange(len(text))
-    try:
-        inside = [encode(tokenizer, [text], False, [flags.astype(np.int32)])[0][1].astype(bool)
-                  for flags in ((at >= start) & (at < end), (at >= line_start) & (at <= line_end))]  # fmt: skip
-    except UsageError:  # a tokenizer that does not tell where its tokens lie
-        return None
-    return [np.append(flags, np.zeros(max(0, length - len(flags)), bool))[:length] for flags in inside]  # the end of sequence
+    if data.heldout_records is None:
+        raise UsageError(f"--data {name}: has no rewards; add a column reward (0 to 1), or name a model by --reward-model")
+    reward_N = np.array(data.train["reward"][:])
+    if reward_N.min() == reward_N.max():
+        raise UsageError(f"--data {name}: all {len(reward_N)} rewards are {reward_N[0]:g}; a value needs right and wrong records")
