@@ -2,8 +2,7 @@
 
 Stage 1 learns V[t], the probability that a completion which begins with tokens 0..t turns out correct, from records with an
 outcome R. Stage 2 starts by itself and trains the heads (Gloeckle et al. 2024, https://arxiv.org/abs/2404.19737) with more
-weight on the tokens after which V has risen (advantage-weighted regression, https://arxiv.org/abs/1910.00177, eq. 9). A token
-has one weight, whichever head predicts it:
+weight on the tokens after which V has risen (advantage-weighted regression, https://arxiv.org/abs/1910.00177):
 
     BCE      = -R log V[t] - (1 - R) log(1 - V[t])               stage 1, mean over every prefix of every completion
     delta[t] = gamma V[t] - V[t-1];  at the last token R - V[t-1]    token t is the action taken at t-1
@@ -15,7 +14,7 @@ has one weight, whichever head predicts it:
 
     symbol   variable       meaning
     V[t]     logit_BT       before the sigmoid; of the prefix that ends with token t
-    R        reward_B       outcome, 0 to 1
+    R        reward_B       outcome, 0 to 1; above 0.5 the record is correct
     A, s, u  advantage_N .. of the valid targets of head 1 in a micro-step, over all ranks together
     CE[t,k]  loss_KBT       cross entropy (nats) of head k at position t for the token k places on; 0 where m = 0
     m[t,k]   targets_KBT    IGNORE where m = 0: prompt, padding, past the end of the row, and wrong records (--train-on correct)
@@ -23,8 +22,8 @@ has one weight, whichever head predicts it:
     lambda   --lambda       1 is baseline_mtp.py to the last bit, 0 the bare algorithm
     N        num_valid      valid targets of head 1 in the update, over all ranks and accumulation steps
 
-Deviations from the papers: the data are given, not sampled from the policy; advantages are whitened, weights clipped. The
-module of V, its file and its judgement are in value.py, records with outcomes in outcomes.py.
+Deviations: the data are given, not sampled from the policy; advantages are whitened, weights clipped. Module, file and judgement
+of V are in value.py, records with outcomes in outcomes.py.
 
 Commands:
   laptop      python critic_wmtp.py
@@ -34,7 +33,6 @@ Results: README.md
 """
 
 import functools
-import hashlib
 import math
 import time
 from dataclasses import dataclass, replace
@@ -133,14 +131,14 @@ class Args:
     """0: credit by the next value alone. 1: by the outcome, less the value before the token."""
     value: Literal["separate", "frozen", "shared"] = "separate"
     """V stands on a copy of the trunk; on the policy's, without gradient; or on it with gradient and without stage 1."""
-    value_steps: int = 1000
+    value_steps: int = 1250
     """Updates of stage 1."""
-    value_lr: float = 0.0
+    value_lr: float = 1e-3
     """Peak learning rate of stage 1; 0: that of --lr."""
     value_coef: float = 0.1
     """Share of the value loss in stage 2, which keeps V fitted while the trunk moves; 0: V stays as it is."""
-    pair_coef: float = 0.0
-    """Share in stage 1 of -log sigmoid of the difference between the logits of a correct record and a wrong sibling."""
+    pair_coef: float = 1.0
+    """Share in stage 1 of the loss of pairs; then every row comes with a sibling of the other outcome beside it. 0: alone."""
     value_head: str = ""
     """File value_head.safetensors of another run: no stage 1."""
     reward_model: str = ""
@@ -179,13 +177,13 @@ def advantages(value_BT, reward_B, completion_BT, gamma, gae_lambda):
     last_BT = completion_BT & ~F.pad(completion_BT[:, 1:], (0, 1))
     delta_BT = torch.where(last_BT, reward_B[:, None], gamma * value_BT)
     delta_BT[:, 1:] -= value_BT[:, :-1]
-    delta_BT = delta_BT * completion_BT
-    delta_BT[:, 0] = 0
+    action_BT = completion_BT & (torch.arange(value_BT.shape[1], device=value_BT.device) > 0)
+    delta_BT = delta_BT * action_BT
     advantage_BT, shift = delta_BT, 1
     while shift < value_BT.shape[1]:  # after each turn the sum runs over twice as many tokens
         advantage_BT = advantage_BT + (gamma * gae_lambda) ** shift * F.pad(advantage_BT[:, shift:], (0, shift))
         shift *= 2
-    return advantage_BT * completion_BT
+    return advantage_BT * action_BT
 
 
 def whiten(advantage_N, moments, decay=0.99):
@@ -250,8 +248,6 @@ def train_value(critic, optimizer, data, tokenizer, run, folder, run_dir, micro_
     num_steps = 0 if args.value == "shared" or args.value_head or args.condition_on_outcome else args.value_steps
     progress, signals, stopping = Progress(start, num_steps, ranks), StopSignal(), False
     partner_N, copies = partners(data.train), 2 if args.pair_coef else 1
-    if micro_batch_size % copies:
-        raise UsageError(f"--pair-coef {args.pair_coef}: needs an even --micro-batch-size, not {micro_batch_size}")
     plan = replace(args, max_steps=max(1, num_steps), lr=args.value_lr or args.lr)
     ranks.patience(minutes=10)
     critic.train()
@@ -270,8 +266,8 @@ def train_value(critic, optimizer, data, tokenizer, run, folder, run_dir, micro_
         torch.manual_seed(hash((args.seed, -1 - step, ranks.rank)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, plan)
-        numbers = batch_rows(len(data.train), args.batch_size // copies, 2**32 + args.seed, step)  # another order than stage 2
-        numbers = np.stack([numbers, partner_N[numbers]], 1)[:, :copies].reshape(-1, ranks.world_size, micro_batch_size)
+        numbers = batch_rows(len(data.train), args.batch_size, 2**32 + args.seed, step)  # in another order than stage 2
+        numbers = np.stack([numbers, partner_N[numbers]], 1)[:, :copies].reshape(-1, ranks.world_size, micro_batch_size * copies)
         batches = [load_batch(data.train, part, 1, ranks.device) for part in numbers[:, ranks.rank]]
         num_prefixes = ranks.gather(sum(prefixes(batch).sum() for batch in batches)).sum()
         total = 0.0
@@ -281,7 +277,7 @@ def train_value(critic, optimizer, data, tokenizer, run, folder, run_dir, micro_
                 logit_BT = critic.logits(batch, run_policy=True)
             loss = value_loss(logit_BT, batch) / num_prefixes
             if args.pair_coef:
-                loss = loss + args.pair_coef * pair_loss(logit_BT, batch) * 2 / args.batch_size
+                loss = loss + args.pair_coef * pair_loss(logit_BT, batch) / args.batch_size
             loss.backward()
             total += loss.detach()
         clip_gradients(critic.value, args.grad_clip)
@@ -299,6 +295,7 @@ def train_value(critic, optimizer, data, tokenizer, run, folder, run_dir, micro_
     signals.restore()
     if num_steps or args.value_head:
         metrics_file.write(num_steps, judge_value(critic, data, tokenizer, micro_batch_size, ranks))
+    save_value(critic.value, run_dir / "value_head.safetensors", args.value, ranks)
     return metrics_file.size()
 
 
@@ -323,9 +320,7 @@ def main(args):
         held = f"{len(data.train)} rows of --seq-len {args.seq_len} tokens"
         raise UsageError(f"--batch-size {args.batch_size}: --data {args.data} has {held} for training, fewer than one batch")
     run = record_run(run_dir, args, script, data, ranks)
-    if args.value_head:  # ALGO LOGIC: a resumed run goes on with the same one
-        load_value(critic.value, args.value_head, args.value)  # ALGO LOGIC
-        run |= {"value_fingerprint": hashlib.file_digest(open(args.value_head, "rb"), "sha256").hexdigest()[:16]}  # ALGO LOGIC
+    run |= load_value(critic.value, args.value_head, args.value)  # ALGO LOGIC: a resumed run goes on with the same one
     parameters = sum(p.numel() for p in model.parameters())
     model = shard(model.to(ranks.device), ranks)
     shard(critic.to(ranks.device).value, ranks)  # ALGO LOGIC: beside it, with a forward of its own
@@ -345,7 +340,6 @@ def main(args):
     start, size = checkpoints.load(critic, optimizer)  # ALGO LOGIC
     if start == 0:  # ALGO LOGIC: stage 1, which has checkpoints of its own
         size = train_value(critic, optimizer, data, tokenizer, run, folder, run_dir, micro_batch_size, args, ranks)  # ALGO LOGIC
-        save_value(critic.value, run_dir / "value_head.safetensors", args.value, ranks)  # ALGO LOGIC
     metrics_file = MetricsFile(run_dir / "metrics.jsonl", size, ranks)
     tracker = Tracker(args.tracker, run_dir, args, ranks)
     progress = Progress(start, args.max_steps, ranks)
@@ -398,8 +392,7 @@ def main(args):
                 loss_KBT = model(batch.x_BT, batch.targets_KBT)
                 with torch.set_grad_enabled(value_coef > 0):  # ALGO LOGIC
                     logit_BT = critic.logits(batch, run_policy=False)  # ALGO LOGIC: on the trunk's output of the line above
-            key = (args.seed, step, number)  # ALGO LOGIC: of the controls
-            weight_BT = token_weights(logit_BT, batch, critic.moments, key, args, ranks)  # ALGO LOGIC: from advantages
+            weight_BT = token_weights(logit_BT, batch, critic.moments, (args.seed, step, number), args, ranks)  # ALGO LOGIC
             weight_KBT = weights_of_targets(weight_BT, num_heads)
             objective = (weight_KBT * loss_KBT).sum() / num_valid
             auxiliary = value_coef * value_loss(logit_BT, batch) / num_prefixes  # ALGO LOGIC
@@ -442,9 +435,8 @@ def main(args):
     signals.restore()
     checkpoints.wait()
     if not args.condition_on_outcome:  # ALGO LOGIC: V after stage 2
-        judged = judge_value(critic, data, tokenizer, micro_batch_size, ranks)  # ALGO LOGIC
-        metrics_file.write(args.max_steps, judged)  # ALGO LOGIC
-        tracker.log(args.max_steps, judged)  # ALGO LOGIC
+        metrics_file.write(step, judged := judge_value(critic, data, tokenizer, micro_batch_size, ranks))  # ALGO LOGIC
+        tracker.log(step, judged)  # ALGO LOGIC
     save_value(critic.value, run_dir / "value_head.safetensors", args.value, ranks)  # ALGO LOGIC
     write_sample(critic, token_weights, data, run_dir, args, ranks)  # ALGO LOGIC: what the weights look like
     save_model(model, tokenizer, run_dir / "model", ranks)

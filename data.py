@@ -400,8 +400,8 @@ class Batch:
     x_BT: torch.Tensor  # tokens
     targets_KBT: torch.Tensor  # the token k places on, or IGNORE
     is_noise_BT: torch.Tensor  # True for tokens that `--noise-frac` made
-    completion_BT: torch.Tensor  # True for tokens that are no prompt and no padding, whatever the outcome
-    reward_B: torch.Tensor  # outcome, 0 to 1; 1 where the data has none
+    completion_BT: torch.Tensor = None  # True for tokens that are no prompt and no padding, whatever the outcome
+    reward_B: torch.Tensor = None  # outcome, 0 to 1; 1 where the data has none
 
 
 def load_batch(rows, numbers, num_heads, device, train_on="correct"):

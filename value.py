@@ -5,6 +5,7 @@ Shapes: B batch, T positions, D width, N held-out rows.
 
 import collections
 import copy
+import hashlib
 import json
 from dataclasses import replace
 
@@ -93,17 +94,20 @@ def save_value(value, file, kind, ranks):
 
 
 def load_value(value, file, kind):
-    """Read what `save_value` wrote.
+    """Read what `save_value` wrote, if `file` names any; returns its fingerprint, which a resumed run must find again.
 
     Raises:
         UsageError: no such file, or not of this kind of value or of this model.
     """
+    if not file:
+        return {}
     try:
         with safe_open(file, "pt") as opened:
             there = (opened.metadata() or {}).get("value")
         if there != kind:
             raise UsageError(f"--value-head {file}: holds a value of --value {there}, not {kind}")
         value.load_state_dict(load_file(file))
+        return {"value_fingerprint": hashlib.file_digest(open(file, "rb"), "sha256").hexdigest()[:16]}
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UsageError(f"--value-head {file}: cannot be read into this model ({first_line(error)})") from None
 
