@@ -354,7 +354,8 @@ def load_heldout(args, record, tokenizer, ranks):
     """The data set whose held-out part is measured, and its name: the run's own, unless --data names another."""
     own = record.get("args", {})
     name, seq_len = args.data or own.get("data", "stdlib"), args.seq_len or own.get("seq_len", 256)
-    data = load_data(name, tokenizer, seq_len, own.get("seed", args.seed), own.get("noise_frac", 0.0), ranks)
+    outcomes = own.get("reward_model", ""), own.get("condition_on_outcome", False)
+    data = load_data(name, tokenizer, seq_len, own.get("seed", args.seed), own.get("noise_frac", 0.0), ranks, *outcomes)
     there = record.get("heldout_fingerprint", data.heldout_fingerprint)
     if name == own.get("data") and seq_len == own["seq_len"] and there != data.heldout_fingerprint:
         raise UsageError(
