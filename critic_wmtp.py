@@ -131,12 +131,14 @@ class Args:
     """0: credit by the next value alone. 1: by the outcome, less the value before the token."""
     value: Literal["separate", "frozen", "shared"] = "separate"
     """V stands on a copy of the trunk; on the policy's, without gradient; or on it with gradient and without stage 1."""
-    value_steps: int = 1250
+    value_steps: int = 500
     """Updates of stage 1."""
+    value_batches: int = 2
+    """Batches of --batch-size rows in an update of stage 1: small ones teach V nothing."""
     value_lr: float = 1e-3
     """Peak learning rate of stage 1; 0: that of --lr."""
     value_coef: float = 0.1
-    """Share of the value loss in stage 2, which keeps V fitted while the trunk moves; 0: V stays as it is."""
+    """Share of the value loss in stage 2, which keeps V fitted while the policy's trunk moves; a separate V stays as it is."""
     pair_coef: float = 1.0
     """Share in stage 1 of the loss of pairs; then every row comes with a sibling of the other outcome beside it. 0: alone."""
     value_head: str = ""
@@ -155,7 +157,8 @@ class Args:
         for name, least in (dict.fromkeys(at_least_0, 0) | {"max_steps": 1}).items():
             if not least <= getattr(self, name) < 2**63:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {least}, below 2^63")
-        limits = dict.fromkeys(("lambda_", "epsilon", "gamma", "gae_lambda"), (0, 1)) | dict(temperature=(1e-6, 1e6))
+        limits = dict.fromkeys(("lambda_", "epsilon", "gamma", "gae_lambda"), (0, 1))
+        limits |= dict(temperature=(1e-6, 1e6), value_batches=(1, 1e9))
         limits |= dict.fromkeys(("value_steps", "value_lr", "value_coef", "pair_coef"), (0, 1e9)) | dict(max_weight=(1, 1e9))
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
@@ -208,10 +211,7 @@ def weights_of_scores(score_N, row_N, key, args):
 
 @torch.no_grad()
 def token_weights(logit_BT, batch, moments, key, args, ranks):
-    """Weight of every token of this rank, `[B, T]`, from V; 1 where head 1 has no target. `key` seeds the controls.
-
-    Every rank computes the weights of all, so they are the same on any number of ranks, and a shard may have no target.
-    """
+    """Weight of every token of this rank, `[B, T]`, from V and among the targets of all ranks; 1 where head 1 has none."""
     advantage_BT = advantages(logit_BT.sigmoid(), batch.reward_B, batch.completion_BT, args.gamma, args.gae_lambda)
     valid_BT = F.pad(batch.targets_KBT[0, :, :-1] != IGNORE, (1, 0))
     advantage_RBT, valid_RBT = ranks.gather(torch.stack([advantage_BT, valid_BT.float()])).unbind(1)
@@ -247,7 +247,7 @@ def train_value(critic, optimizer, data, tokenizer, run, folder, run_dir, micro_
     metrics_file = MetricsFile(run_dir / "metrics.jsonl", size, ranks)
     num_steps = 0 if args.value == "shared" or args.value_head or args.condition_on_outcome else args.value_steps
     progress, signals, stopping = Progress(start, num_steps, ranks), StopSignal(), False
-    partner_N, copies = partners(data.train), 2 if args.pair_coef else 1
+    partner_N, copies, rows = partners(data.train), 2 if args.pair_coef else 1, args.batch_size * args.value_batches
     plan = replace(args, max_steps=max(1, num_steps), lr=args.value_lr or args.lr)
     ranks.patience(minutes=10)
     critic.train()
@@ -266,7 +266,7 @@ def train_value(critic, optimizer, data, tokenizer, run, folder, run_dir, micro_
         torch.manual_seed(hash((args.seed, -1 - step, ranks.rank)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, plan)
-        numbers = batch_rows(len(data.train), args.batch_size, 2**32 + args.seed, step)  # in another order than stage 2
+        numbers = batch_rows(len(data.train), rows, 2**32 + args.seed, step)  # in another order than in stage 2
         numbers = np.stack([numbers, partner_N[numbers]], 1)[:, :copies].reshape(-1, ranks.world_size, micro_batch_size * copies)
         batches = [load_batch(data.train, part, 1, ranks.device) for part in numbers[:, ranks.rank]]
         num_prefixes = ranks.gather(sum(prefixes(batch).sum() for batch in batches)).sum()
@@ -277,7 +277,7 @@ def train_value(critic, optimizer, data, tokenizer, run, folder, run_dir, micro_
                 logit_BT = critic.logits(batch, run_policy=True)
             loss = value_loss(logit_BT, batch) / num_prefixes
             if args.pair_coef:
-                loss = loss + args.pair_coef * pair_loss(logit_BT, batch) / args.batch_size
+                loss = loss + args.pair_coef * pair_loss(logit_BT, batch) / rows
             loss.backward()
             total += loss.detach()
         clip_gradients(critic.value, args.grad_clip)
@@ -346,7 +346,7 @@ def main(args):
     signals, stopping = StopSignal(), False
 
     # Loop: it comes round once more than there are updates, so that nothing of it has to be written again at the end
-    value_coef = 0.0 if args.condition_on_outcome else args.value_coef  # ALGO LOGIC: tags would teach V to read tags
+    value_coef = args.value_coef * (args.value != "separate" and not args.condition_on_outcome)  # ALGO LOGIC: tags tell R
     ranks.patience(minutes=10)  # the ranks go in step
     model.train()
     for step in range(start, args.max_steps + 1):
@@ -434,7 +434,7 @@ def main(args):
     ranks.patience(minutes=120)  # rank 0 reports alone
     signals.restore()
     checkpoints.wait()
-    if not args.condition_on_outcome:  # ALGO LOGIC: V after stage 2
+    if value_coef > 0:  # ALGO LOGIC: V after stage 2
         metrics_file.write(step, judged := judge_value(critic, data, tokenizer, micro_batch_size, ranks))  # ALGO LOGIC
         tracker.log(step, judged)  # ALGO LOGIC
     save_value(critic.value, run_dir / "value_head.safetensors", args.value, ranks)  # ALGO LOGIC

@@ -114,6 +114,12 @@ def run(module, words, found=None):
     module.main(tyro.cli(module.Args, args=words))
 
 
+def judge_at_the_end(judge, critic, *rest, moves):
+    """`value.judge_value` after stage 2, where V moves in it; else nothing."""
+    after = critic.moments[0] > 0
+    return judge(critic, *rest) if moves and after else {}
+
+
 def job(task):
     """One run, in a process of the pool; its result is a file that is there only if the run is finished."""
     args, out, what, name, seed = task
@@ -125,6 +131,7 @@ def job(task):
 
     import baseline_mtp
     import critic_wmtp
+    import value as value_module
 
     torch.set_num_threads(1)
     began, found = time.time(), {}
@@ -148,6 +155,10 @@ def job(task):
         if weighted and name != "shared":
             words += ["--value-head", str(out / f"value {kind} {seed}" / "value_head.safetensors")]
         module = critic_wmtp
+    judge = value_module.judge_value
+    if what == "arm":  # judged once: the values of stage 1 by their own runs, and what moves in stage 2 at its end
+        judge = functools.partial(judge_at_the_end, judge, moves=name in ("frozen", "shared"))
+    critic_wmtp.judge_value = judge
     run(module, words, found if what == "arm" else None)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     judged = [line for line in lines if "value/auc" in line]
@@ -218,12 +229,12 @@ def values_of(results):
     """For each kind of value and data: figures after stage 1 and after stage 2, mean and deviation over seeds."""
     rows = []
     wanted = [("stdlib-bugs, stage 1", "value", kind, 0) for kind in KINDS]
-    wanted += [("stdlib-bugs, stage 2", "arm", arm, -1) for arm in ("critic", "frozen", "shared")]
+    wanted += [("stdlib-bugs, stage 2", "arm", arm, -1) for arm in ("frozen", "shared")]
     wanted += [("ConDefects, stage 1", "condefects", kind, 0) for kind in KINDS]
     for where, what, name, place in wanted:
         judged = [r["judged"][place] for r in results if r["what"] == what and r["name"] == name and r["judged"]]
         if judged:
-            row = dict(where=where, name="separate" if name == "critic" else name, seeds=len(judged))
+            row = dict(where=where, name=name, seeds=len(judged))
             for key in JUDGED:
                 each = [j[f"value/{key}"] for j in judged if f"value/{key}" in j]
                 spread = statistics.stdev(each) if len(each) > 1 else None
