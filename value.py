@@ -75,11 +75,14 @@ def prefixes(batch):
 
 
 def pair_loss(logit_BT, batch):
-    """Sum over the siblings in rows 2i and 2i+1 of -log sigmoid of the difference of their last logits, the correct one first."""
-    last_B = (batch.completion_BT * torch.arange(1, logit_BT.shape[1] + 1, device=logit_BT.device)).argmax(1)
-    end_B = logit_BT.gather(1, last_B[:, None])[:, 0]
+    """Sum over the siblings in rows 2i and 2i+1 of -log sigmoid of the difference of their mean logits, the correct one first.
+
+    Means over all prefixes: those that siblings share cancel, so what counts is V from the first difference on.
+    """
+    prefix_BT = prefixes(batch)
+    mean_B = (logit_BT * prefix_BT).sum(1) / prefix_BT.sum(1).clamp(min=1)
     sign = (batch.reward_B[0::2] - batch.reward_B[1::2]).sign()
-    return (F.softplus(-sign * (end_B[0::2] - end_B[1::2])) * (sign != 0)).sum()
+    return (F.softplus(-sign * (mean_B[0::2] - mean_B[1::2])) * (sign != 0)).sum()
 
 
 def save_value(value, file, kind, ranks):

@@ -430,8 +430,12 @@ def test_padding_prompts_and_wrong_records_have_no_say(material):
             V = value_BT[b, t].item()
             slow -= R[b] * math.log(V) + (1 - R[b]) * math.log(1 - V)
     assert losses[0] == pytest.approx(slow, rel=1e-5)
-    ends = [torch.logit(value_BT)[b, batch.completion_BT[b].nonzero().max()].item() for b in range(10)]
-    slow = sum(-math.log(1 / (1 + math.exp(-(R[a] - R[b] > 0 or -1) * (ends[a] - ends[b]))))
+    means = []
+    for b in range(10):
+        tokens = batch.completion_BT[b].nonzero()[:, 0].tolist()
+        logits = [math.log(V / (1 - V)) for V in value_BT[b, tokens[0] - 1 : tokens[-1] + 1].tolist()]
+        means.append(sum(logits) / len(logits))
+    slow = sum(-math.log(1 / (1 + math.exp(-(R[a] - R[b] > 0 or -1) * (means[a] - means[b]))))
                for a, b in zip(range(0, 10, 2), range(1, 10, 2)) if R[a] != R[b])  # fmt: skip
     assert value.pair_loss(torch.logit(value_BT), batch).item() == pytest.approx(slow, rel=1e-5)
 
