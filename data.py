@@ -45,7 +45,7 @@ class Data:
     heldout_records: object = None  # of data with outcomes: the record of each held-out row, in order
 
 
-PRESETS = ("stdlib", "stdlib-bugs", "mbpp", "stdlib:a", "stdlib:b")
+PRESETS = ("stdlib", "mbpp", "stdlib-bugs", "stdlib:a", "stdlib:b")
 
 
 def load_data(name, tokenizer, seq_len, seed, noise_frac, ranks, reward_model="", tagged=False):
