@@ -101,6 +101,11 @@ def units(run, key):
     return [str(t) for t in tasks], np.stack([right, np.ones(len(tasks))])
 
 
+def scored_by(run, suite):
+    """Fingerprint of the problems that a suite of programs was scored by; None of other suites."""
+    return run.results.get("suites", {}).get(suite, {}).get("problems")
+
+
 def measured(run, key):
     """The figure; None where it was not measured or is not finite."""
     value = run.results.get(key)
@@ -125,7 +130,7 @@ def suite_differences(first, other, suite, keys, resamples, seed):
         pair = units(first, key), units(other, key)
         if None in pair:
             told.append(f"{key}: no difference, since figures by {unit[:-1]} are not there")
-        elif pair[0][0] != pair[1][0]:
+        elif pair[0][0] != pair[1][0] or len({scored_by(run, suite) for run in (first, other)}) > 1:
             return {}, [f"{suite}: no differences, since the {unit} are not the same"]
         elif not all(
             math.isclose(sums[0].sum() / sums[1].sum(), run.results[key], rel_tol=1e-6, abs_tol=1e-9)

@@ -378,7 +378,11 @@ def weight_samples(model, tokenizer, run_dir, ranks):
     return samples
 
 
-# ------------------------------------------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------------------------------------------------------- results
+def digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
 def fingerprint_of(path):
     """Of a file, or of the files in a folder: names, sizes, and 64 blocks of each."""
     path, digest = Path(path), hashlib.sha256()
@@ -424,11 +428,14 @@ class Results:
 def score_solutions(suite, problems, sandbox, args, say):
     """Score the programs of --solutions; returns the `Results`."""
     jobs = [(task_id, job.id[1], job) for task_id, job in read_solutions(args.solutions, problems)]
-    began, fingerprint = time.time(), fingerprint_of(args.solutions)
+    began, fingerprint = time.time(), hashlib.sha256(Path(args.solutions).read_bytes()).hexdigest()[:16]
     results = Results(Path(args.out or f"eval/{Path(args.solutions).stem}"), args.solutions, fingerprint)
-    samples = Samples(results.out / f"{suite}-{fingerprint}.jsonl", dict(suite=suite, solutions=args.solutions))
+    told = digest([p.scoring() for p in problems])
+    made_by = dict(suite=suite, solutions=fingerprint, problems=told)
+    samples = Samples(results.out / f"{suite}-{digest(made_by)}.jsonl", made_by)
     metrics, outcomes = score_programs(suite, jobs, sandbox, args, samples, say)
-    results.add(suite, metrics, args, began, solutions=args.solutions, timeout=args.timeout, sandbox=args.sandbox)
+    how = dict(solutions=args.solutions, problems=told, timeout=args.timeout, sandbox=args.sandbox)
+    results.add(suite, metrics, args, began, **how)
     results.add_programs(suite, outcomes)
     if metrics[f"{suite}/problems"] < len(problems):
         say(f"{suite:<9} {metrics[f'{suite}/problems']} of {len(problems)} problems have a program in the file; only they count")
@@ -438,12 +445,12 @@ def score_solutions(suite, problems, sandbox, args, say):
 def program_suite(suite, problems, model, tokenizer, sandbox, args, results, say):
     """Sample and score programs; adds to `results`."""
     began, num_heads = time.time(), 1 if args.decode == "plain" else len(model.heads.layers)
-    told = hashlib.sha256(json.dumps([(p.task_id, p.prompt, p.tests, p.cases) for p in problems]).encode()).hexdigest()[:16]
     settings = dict(temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens)
-    made_by = settings | dict(problems=told, model=results.values["fingerprint"], seed=args.seed, dtype=args.dtype)
-    made_by["heads_in_decoding"] = num_heads
-    name = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
-    problems, samples = problems[: args.limit or None], Samples(results.out / f"{suite}-{name}.jsonl", made_by)
+    made_by = settings | dict(
+        problems=digest([p.scoring() for p in problems]), prompts=digest([(p.prompt, p.stops) for p in problems]),
+        model=results.values["fingerprint"], seed=args.seed, dtype=args.dtype, heads_in_decoding=num_heads,
+    )  # fmt: skip
+    problems, samples = problems[: args.limit or None], Samples(results.out / f"{suite}-{digest(made_by)}.jsonl", made_by)
     say(f"{suite:<9} {len(problems)} problems x {args.n} programs, {'plain' if num_heads == 1 else 'speculative'} decoding")
     decoding = sample_programs(suite, problems, model, tokenizer, num_heads, args, samples, say)
     jobs = [

@@ -37,6 +37,10 @@ class Problem:
     names: tuple = ()
     cases: list = dataclasses.field(default_factory=list)
 
+    def scoring(self):
+        """All that the verdict on a text depends on; runs with the same are compared."""
+        return self.task_id, self.head, self.tests, self.given, self.names, self.cases
+
 
 def load_problems(suite, path=None, say=print, shots=3):
     """The problems of a suite, in the order of the file.

@@ -269,6 +269,19 @@ def test_given_programs_are_scored_and_pass_at_k_is_unbiased(problems, monkeypat
     assert json.loads((tmp_path / "e" / "programs.json").read_text())["mbpp"]["2"] == [True, False, False, False]
 
 
+def test_verdicts_count_for_their_problems_alone(problems, monkeypatch, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(dict(task_id=p["task_id"], solution=p["code"])) + "\n" for p in PROBLEMS))
+    words = ("--suites", "mbpp", "--problems", problems, "--solutions", file, "--k", 1, "--shots", 0, "--out", tmp_path / "e")
+    assert run_here(monkeypatch, *words) == 0
+    first = results_of(tmp_path / "e")
+    problems.write_text("".join(json.dumps(p | {"test_list": ["assert False"]}) + "\n" for p in PROBLEMS))
+    assert run_here(monkeypatch, *words) == 0
+    second = results_of(tmp_path / "e")
+    assert first["mbpp/passed"] == len(PROBLEMS) and second["mbpp/passed"] == 0
+    assert first["suites"]["mbpp"]["problems"] != second["suites"]["mbpp"]["problems"]
+
+
 def test_interrupted_sampling_goes_on_and_ends_as_if_straight(trained, problems, monkeypatch, tmp_path, capsys):
     words = ["--run-dir", trained, "--suites", "mbpp", "--problems", problems, "--shots", 0, "--n", 4, "--k", 1]
     words += ["--max-new-tokens", 20, "--batch-size", 2]

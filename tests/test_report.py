@@ -385,6 +385,9 @@ def test_pass_at_k_is_compared_problem_by_problem(tmp_path):
     assert changes["humaneval/pass@2"][0] == pytest.approx((1 / 2 + 0 + 1 / 6 + 0 + 0) / 5)
     printed = compare.compare_runs(tmp_path, [first, run("two", [1, 1, 4, 3])])
     assert "humaneval: no differences, since the problems are not the same" in printed
+    scored = ({"suites": {"humaneval": {"problems": digest}}} for digest in "ab")  # other tests under the same names
+    printed = compare.compare_runs(tmp_path, [run("one", [1, 0], **next(scored)), run("two", [1, 1], **next(scored))])
+    assert "humaneval: no differences, since the problems are not the same" in printed
     printed = compare.compare_runs(
         tmp_path, [run("one", [1, 0], **{"humaneval/temperature": 0.2}), run("two", [1, 1], **{"humaneval/temperature": 0.8})]
     )
