@@ -49,7 +49,8 @@ def load_problems(suite, path=None, say=print, shots=3):
     and CodeContests (its test split) from the hub.
     say: called with a line that says what was left out.
     shots: MBPP's prompt shows that many of tasks 2, 3 and 4 first, as the paper does; 0 asks as `--data mbpp` trains.
-    Raises UsageError: no such file, columns that the suite needs and it lacks (both named), tasks to show that it lacks.
+    Raises UsageError: no such file, columns that the suite needs and it lacks (both named), tasks to show that it lacks, a
+        task twice, no problem with tests.
     """
     if suite not in SUITES:
         raise UsageError(f"--suite {suite}: {', '.join(SUITES)}")
@@ -72,10 +73,17 @@ def load_problems(suite, path=None, say=print, shots=3):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # escapes such as "\\d" in MBPP's solutions
             problems = make(records, where, shots)
-    except (TypeError, KeyError, AttributeError, SyntaxError) as error:
+            counts = collections.Counter(str(p.task_id) for p in problems)
+    except UsageError:
+        raise
+    except (TypeError, KeyError, AttributeError, ValueError, SyntaxError) as error:
         raise UsageError(f"{where}: not in the form of {suite} ({type(error).__name__}: {first_line(error)})") from error
     if len(problems) < len(records):
         say(f"problems  left out {len(records) - len(problems)} of {len(records)}: no tests, or they read and write files")
+    if twice := [task_id for task_id, count in counts.items() if count > 1]:
+        raise UsageError(f"{where}: task {twice[0]} is there {counts[twice[0]]} times; leave one")
+    if not problems:
+        raise UsageError(f"{where}: no problem that can be scored")
     return problems
 
 

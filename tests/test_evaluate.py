@@ -540,3 +540,20 @@ def test_problems_without_the_columns_are_refused(trained, monkeypatch, tmp_path
     assert run_here(monkeypatch, "--run-dir", trained, "--suites", "mbpp", "--problems", file) == 2
     error = capsys.readouterr().err
     assert "record 1 lacks code" in error and error.count("\n") == 1
+
+
+def test_problems_that_would_be_counted_wrongly_are_refused(problems, monkeypatch, tmp_path, capsys):
+    none = dict(input=[], output=[])
+    task = dict(name="a", description="d", public_tests=none, private_tests=none, generated_tests=none)
+    task["solutions"] = dict(language=[], solution=[])
+    file, solutions = tmp_path / "p.jsonl", tmp_path / "s.jsonl"
+    solutions.write_text('{"task_id": "a", "solution": "x = 1"}\n')
+    for suite, records, told in (
+        ("mbpp", [*PROBLEMS, PROBLEMS[1]], f"task {PROBLEMS[1]['task_id']} is there 2 times"),
+        ("code_contests", [task], "no problem that can be scored"),
+        ("code_contests", [task | {"public_tests": dict(input=["1"], output=["1", "2"])}], "not in the form of code_contests"),
+    ):
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+        assert run_here(monkeypatch, "--suites", suite, "--problems", file, "--solutions", solutions, "--shots", 0) == 2
+        error = capsys.readouterr().err
+        assert told in error and error.count("\n") == 1
