@@ -15,8 +15,8 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from common import UsageError
-from report import RUN_COLOURS, aligned, by_column, cell, column_name, images, mean_of, new_figure, page
-from report import provenance_table, read_history, running_mean, series, shown, split_key, words
+from report import RUN_COLOURS, aligned, by_column, cell, column_name, images, make_folder, mean_of, new_figure, page
+from report import provenance_table, read_history, read_json, running_mean, series, shown, split_key, words
 from runs import write_whole
 
 FILES = ("results.json", "documents.json", "programs.json")  # what an evaluation leaves
@@ -42,7 +42,7 @@ def load_run(name):
         out, run_dir = run_dir, run_dir.parent
     if not (out / "results.json").exists():
         raise UsageError(f"--compare {name}: not evaluated yet; python evaluate.py --run-dir {shlex.quote(name)}")
-    read = {file: json.loads((out / file).read_text()) if (out / file).exists() else {} for file in FILES}
+    read = {file: read_json(out / file, f"--compare {name}") if (out / file).exists() else {} for file in FILES}
     return Run(Path(name).name, out, read["results.json"], read_history(run_dir), *(read[file] for file in FILES[1:]))
 
 
@@ -164,7 +164,7 @@ def compare_runs(out, runs, resamples=10_000, seed=0):
     if not 2 <= len(runs) <= 26:
         raise UsageError(f"--compare: {len(runs)} given; name 2 to 26 evaluated runs")
     out, letters = Path(out), [chr(ord("A") + i) for i in range(len(runs))]
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     wanted = r"heldout/(loss|acc)_head_\d+|heldout/bits_per_byte|\w+/pass@\d+|speed/speedup_\w+"
     keys = [key for key in dict.fromkeys(k for run in runs for k in run.results) if re.fullmatch(wanted, key)]
     order = list(dict.fromkeys(key.split("/")[0] for key in keys))

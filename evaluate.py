@@ -132,6 +132,8 @@ class Args:
             raise UsageError(f"--timeout {self.timeout}: above 0 seconds")
         if not 0 <= self.shots <= 3:
             raise UsageError(f"--shots {self.shots}: 0 to 3")
+        if not self.suites:
+            raise UsageError("--suites: name one or more")
         if min(self.k, default=0) < 1:
             raise UsageError(f"--k {' '.join(map(str, self.k))}: one or more numbers of at least 1")
         programs = [suite for suite in dict.fromkeys(self.suites) if suite in PROGRAMS]
@@ -323,7 +325,7 @@ def newest_run(say):
 
 
 def unfinished(run_dir):
-    record = json.loads((run_dir / "args.json").read_text())
+    record = report.read_json(run_dir / "args.json", f"--run-dir {run_dir}")
     lines = (run_dir / "metrics.jsonl").read_text().splitlines() if (run_dir / "metrics.jsonl").exists() else []
     steps = f"{max(0, len(lines))} of {record['args']['max_steps']} updates" if lines else "no update"
     return f"--run-dir {run_dir}: not finished ({steps} recorded, no model/); `python {record['command']}` goes on with it"
@@ -332,30 +334,38 @@ def unfinished(run_dir):
 def load_subject(args, ranks):
     """Model, tokenizer, `args.json` of the run (for --model empty), and the folder of the run or None."""
     run_dir, record = None, {}
+    if args.model and (Path(args.model) / "args.json").exists():  # its own data, seed and held-out text are in there
+        raise UsageError(f"--model {args.model}: a run of this project; use --run-dir {args.model}")
     if not args.model:
         run_dir = Path(args.run_dir) if args.run_dir else newest_run(ranks.say)
         if not (run_dir / "args.json").exists():
             raise UsageError(f"--run-dir {run_dir}: no run of this project (no args.json); a plain checkpoint goes to --model")
         if not (run_dir / "model").is_dir():
             raise UsageError(unfinished(run_dir))
-        record = json.loads((run_dir / "args.json").read_text())
+        record = report.read_json(run_dir / "args.json", f"--run-dir {run_dir}")
     name = args.model or str(run_dir)
     model, tokenizer = load_mtp(name), load_tokenizer(model_dir(name))
     check_vocabulary(name, model, tokenizer)
     return model.to(ranks.device, torch.bfloat16 if args.dtype == "bf16" else torch.float32).eval(), tokenizer, record, run_dir
 
 
-def load_heldout(args, record, tokenizer, ranks):
+def load_heldout(args, record, model, tokenizer, ranks):
     """The data set whose held-out part is measured, and its name: the run's own, unless --data names another."""
     own = record.get("args", {})
     name, seq_len = args.data or own.get("data", "stdlib"), args.seq_len or own.get("seq_len", 256)
+    longest = getattr(model.causal_lm.config, "max_position_embeddings", None) or math.inf
+    if seq_len > longest:
+        raise UsageError(f"--seq-len {seq_len}: the model has positions for {longest} tokens at most")
     data = load_data(name, tokenizer, seq_len, own.get("seed", args.seed), own.get("noise_frac", 0.0), ranks)
-    there = record.get("heldout_fingerprint", data.heldout_fingerprint)
-    if name == own.get("data") and seq_len == own["seq_len"] and there != data.heldout_fingerprint:
-        raise UsageError(
-            f"--data {name}: not the held-out text of the run ({there} there, {data.heldout_fingerprint} here: another Python or "
-            "changed files), and what is held out here may have been trained on; name other text by --data"
-        )
+    if name == own.get("data"):
+        here, there = data.heldout_fingerprint, record.get("heldout_fingerprint")
+        if seq_len != own["seq_len"]:  # cut into other rows: then all documents must be those of the run
+            here, there = data.fingerprint, record.get("data_fingerprint")
+        if here != there:
+            raise UsageError(
+                f"--data {name}: not the held-out text of the run ({there} there, {here} here: another Python or changed files), "
+                "and what is held out here may have been trained on; name other text by --data"
+            )
     return data, name
 
 
@@ -403,13 +413,10 @@ class Results:
     def __init__(self, out, name, fingerprint):
         self.out, self.values = out, {}
         if (out / FILES[0]).exists():
-            self.values = json.loads((out / FILES[0]).read_text())
+            self.values = report.read_json(out / FILES[0], f"--out {out}")
             if self.values.get("fingerprint") != fingerprint:
                 raise UsageError(f"--out {out}: holds the results of {self.values.get('subject')}; name another folder")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--out {out}: cannot be written ({error.strerror})") from None
+        report.make_folder(out)
         self.values |= dict(subject=name, fingerprint=fingerprint, **commit(), versions=versions())
 
     def add(self, suite, metrics, args, began, **settings):
@@ -421,7 +428,7 @@ class Results:
 
     def add_programs(self, suite, outcomes):
         file = self.out / FILES[2]
-        before = json.loads(file.read_text()) if file.exists() else {}
+        before = report.read_json(file, f"--out {self.out}") if file.exists() else {}
         write_whole(file, json.dumps(before | {suite: outcomes}))
 
 
@@ -471,11 +478,11 @@ def evaluate(args, problems, sandbox, ranks):
     parameters = sum(p.numel() for p in model.parameters())
     ranks.say(f"model     {name}, {parameters / 1e6:.2f} M parameters, {num_heads} head(s)")
     out = Path(args.out or (run_dir / "eval" if run_dir else f"eval/{Path(args.model).name}"))
-    results = Results(out, name, fingerprint_of(model_dir(name)) if Path(model_dir(name)).exists() else name)
     if {"heldout", "speed"} & set(args.suites):
-        data, data_name = load_heldout(args, record, tokenizer, ranks)
+        data, data_name = load_heldout(args, record, model, tokenizer, ranks)
         rows, length = data.heldout[:]["input_ids"].shape
         ranks.say(f"data      {data_name}, {rows:,} held-out rows of {length} tokens")
+    results = Results(out, name, fingerprint_of(model_dir(name)) if Path(model_dir(name)).exists() else name)
     for suite in dict.fromkeys(args.suites):
         began = time.time()
         if suite == "heldout":

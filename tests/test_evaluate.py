@@ -494,6 +494,7 @@ def test_runs_are_compared_on_the_same_documents(trained, one_head, monkeypatch,
         (("--suites", "humaneval", "--sandbox", "none"), ("--sandbox none", "--i-understand-untrusted-code")),
         (("--timeout", "0"), ("--timeout 0",)),
         (("--k", "0"), ("--k 0",)),
+        (("--suites",), ("--suites", "one or more")),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(words, told, monkeypatch, tmp_path, capsys):
@@ -532,6 +533,46 @@ def test_text_that_the_run_may_have_trained_on_is_refused(trained, monkeypatch, 
     (tmp_path / "run" / "args.json").write_text(json.dumps(record | {"heldout_fingerprint": "0123456789abcdef"}))
     assert run_here(monkeypatch, "--run-dir", tmp_path / "run") == 2
     assert "not the held-out text of the run (0123456789abcdef there" in capsys.readouterr().err
+
+
+def test_other_rows_of_changed_documents_are_refused_too(trained, python_text, monkeypatch, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    words = ("--run-dir", tmp_path / "run", "--suites", "heldout", "--seq-len", 32)
+    assert run_here(monkeypatch, *words) == 0
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    (tmp_path / "run" / "args.json").write_text(json.dumps(record | {"data_fingerprint": "0123456789abcdef"}))
+    assert run_here(monkeypatch, *words, "--out", tmp_path / "e") == 2
+    assert "not the held-out text of the run (0123456789abcdef there" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
+
+
+def test_rows_longer_than_the_model_are_refused(trained, python_text, monkeypatch, tmp_path, capsys):
+    words = ("--data", python_text, "--seq-len", 513, "--suites", "heldout", "--out", tmp_path / "e")
+    assert run_here(monkeypatch, "--model", trained / "model", *words) == 2
+    assert "--seq-len 513: the model has positions for 512 tokens" in capsys.readouterr().err and not (tmp_path / "e").exists()
+
+
+def test_a_run_is_measured_by_its_own_split(trained, monkeypatch, tmp_path, capsys):
+    assert run_here(monkeypatch, "--model", trained, "--out", tmp_path / "e") == 2
+    assert f"use --run-dir {trained}" in capsys.readouterr().err and not (tmp_path / "e").exists()
+
+
+def test_files_that_cannot_be_read_are_named(trained, evaluated, monkeypatch, tmp_path, capsys):
+    shutil.copytree(evaluated, tmp_path / "e")
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "e" / "results.json").write_text('{"a":')
+    (tmp_path / "run" / "args.json").write_text("")
+    (tmp_path / "file").write_text("")
+    for words, told in (
+        (("--run-dir", trained, "--suites", "heldout", "--out", tmp_path / "e"), "results.json cannot be read"),
+        (("--compare", evaluated, tmp_path / "e"), "results.json cannot be read"),
+        (("--run-dir", tmp_path / "run"), "args.json cannot be read"),
+        (("--run-dir", trained, "--suites", "heldout", "--out", tmp_path / "file"), "file: cannot be written"),
+        (("--compare", evaluated, evaluated, "--out", tmp_path / "file"), "file: cannot be written"),
+    ):
+        assert run_here(monkeypatch, *words) == 2
+        error = capsys.readouterr().err
+        assert told in error and error.count("\n") == 1
 
 
 def test_problems_without_the_columns_are_refused(trained, monkeypatch, tmp_path, capsys):
