@@ -201,7 +201,7 @@ def character_classes(text):
 
 def token_classes(ids_N, tokenizer):
     """Class of every token of one text by its first character that is no space; -1 for special tokens and unless it is Python."""
-    ids_N, none = np.asarray(ids_N), np.full(len(ids_N), -1)
+    ids_N, none, spans = np.asarray(ids_N), np.full(len(ids_N), -1), []
     plain = ~np.isin(ids_N, tokenizer.all_special_ids)
     if isinstance(tokenizer, transformers.ByT5Tokenizer):
         text = bytes((ids_N[plain] - tokenizer.offset).tolist()).decode("utf-8", "replace")
@@ -210,7 +210,8 @@ def token_classes(ids_N, tokenizer):
     elif tokenizer.is_fast:
         text = tokenizer.decode(ids_N[plain], clean_up_tokenization_spaces=False)
         again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        spans = again["offset_mapping"] if again["input_ids"] == ids_N[plain].tolist() else []
+        if again["input_ids"] == ids_N[plain].tolist():
+            spans = again["offset_mapping"]
     if len(spans) != plain.sum() or (classes := character_classes(text)) is None:
         return none
     none[plain] = [classes[next((c for c in range(a, b) if not text[c].isspace()), a)] if b > a else -1 for a, b in spans]
@@ -223,6 +224,9 @@ def heldout_suite(model, tokenizer, data, args, ranks):
     with torch.inference_mode():
         for batch in heldout_batches(data, args.batch_size, num_heads, ranks):
             figures.append(token_figures(model, batch.x_BT, batch.targets_KBT).cpu().numpy())
+            wrong_K = (~np.isfinite(figures[-1][0]) & (batch.targets_KBT.cpu().numpy() != IGNORE)).any((1, 2))
+            if wrong_K.any():
+                raise UsageError(f"--suites heldout: the loss of head {1 + wrong_K.argmax()} is not finite; nothing to report")
     figures = np.concatenate(figures, 2)[:, :, : len(data.heldout)]  # [4, K, rows, T]
     columns = data.heldout[:]
     document, length = columns["document"], figures.shape[-1]
@@ -381,7 +385,7 @@ def weight_samples(model, tokenizer, run_dir, ranks):
         of_token = [[None] * k + [None if math.isnan(v) else v for v in loss[:-k]] for k, loss in enumerate(loss_KT, start=1)]
         if isinstance(tokenizer, transformers.ByT5Tokenizer):
             data = [bytes([i - tokenizer.offset]) if i >= tokenizer.offset else b"" for i in row["ids"]]
-            tokens = [byte.decode("utf-8", "replace") for byte in data]
+            tokens = [byte.decode("utf-8", "surrogateescape") for byte in data]
         else:
             tokens = [tokenizer.decode([i], skip_special_tokens=True) for i in row["ids"]]
         samples.append({"tokens": tokens, "weight": row["weight"], "loss": of_token})

@@ -17,6 +17,7 @@ import baseline_mtp
 import common
 import data
 import evaluate
+import report
 import suites
 from test_run import CONFIG, material, metrics_of  # noqa: F401  (material is a fixture)
 
@@ -187,6 +188,35 @@ def test_classes_of_tokens_of_several_characters_and_of_bytes():
     of_bytes = evaluate.token_classes([b + 3 for b in sample.encode()] + [1], transformers.ByT5Tokenizer(extra_ids=0))
     widths = [len(c.encode()) for c in sample]
     assert of_bytes.tolist() == [*np.repeat(of_characters, widths).tolist(), -1]
+
+
+def test_a_tokenizer_that_does_not_say_where_its_tokens_lie_gives_no_classes():
+    class Slow(transformers.PythonBackend):
+        def get_vocab(self):
+            return {"x": 0, "<end>": 1}
+
+        vocab_size = 2
+
+        def _tokenize(self, text):
+            return list(text)
+
+        def _convert_token_to_id(self, token):
+            return 0
+
+    tokenizer = Slow(eos_token="<end>")
+    assert not tokenizer.is_fast and evaluate.token_classes([0, 0, 1], tokenizer).tolist() == [-1, -1, -1]
+
+
+def test_a_loss_that_is_not_finite_is_told(trained, monkeypatch, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(trained, tmp_path / "run")
+    file = tmp_path / "run" / "model" / common.HEADS_FILE
+    tensors = load_file(file)
+    next(v for k, v in tensors.items() if k.startswith("heads.3.") and v.ndim == 2)[:1] = math.nan
+    save_file(tensors, file)
+    assert run_here(monkeypatch, "--run-dir", tmp_path / "run", "--suites", "heldout") == 2
+    assert "head 3 is not finite" in capsys.readouterr().err
 
 
 def test_a_chunk_of_the_unembedding_changes_nothing(trained):
@@ -458,6 +488,11 @@ def test_a_weighted_run_shows_each_token_with_its_own_losses(trained, monkeypatc
     of_third = F.cross_entropy(model.causal_lm.lm_head(third[:-3]), torch.tensor(ids[3:]), reduction="none")
     assert sample["loss"][2][3:] == pytest.approx(of_third.tolist(), abs=1e-5)
     assert "".join(sample["tokens"]) == tokenizer.decode(ids, skip_special_tokens=True) and sample["weight"] == weight
+    parts = [dict(ids=[b + 3 for b in "é".encode()], weight=[None, 1.0])]
+    (tmp_path / "run" / "weights.json").write_text(json.dumps(parts))
+    (of_bytes,) = evaluate.weight_samples(model, tokenizer, tmp_path / "run", common.Ranks())
+    assert [report.visible(token) for token in of_bytes["tokens"]] == ["\\xc3", "\\xa9"]
+    (tmp_path / "run" / "weights.json").write_text(json.dumps([dict(row=0, ids=ids, weight=weight)]))
     assert run_here(monkeypatch, "--run-dir", tmp_path / "run", "--suites", "heldout") == 0
     page = (tmp_path / "run" / "eval" / "report.html").read_text()
     assert f"{weight[7]:.2f}" in page and "class_keyword" not in page.split("<table")[0]
