@@ -316,7 +316,7 @@ def speed_suite(model, data, args, ranks):
 
 # ------------------------------------------------------------------------------------------------------ what is evaluated
 def newest_run(say):
-    """The folder in runs/ whose model/ is newest; says which newer runs are unfinished."""
+    """The finished run in runs/ that was started last; says which later ones are unfinished."""
     runs = sorted(Path("runs").glob("*/args.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     if not runs:
         raise UsageError("--run-dir: no run in runs/ yet; python baseline_mtp.py makes one, or name a checkpoint by --model")

@@ -303,7 +303,7 @@ def draw_speed(results, history):
     warning = "" if results.get("speed/identical", True) else "; TEXTS DIFFER FROM PLAIN GREEDY"
     one.set(xlabel="tokens per forward", ylabel="speed-up by the clock", xlim=(0.98, high))
     one.set(ylim=(min(ends) - 0.1 * high, high), title="Self-speculative greedy decoding; numbers: heads" + warning)
-    one.legend(frameon=False, loc="upper left")
+    one.legend(frameon=False, loc="best")
     return figure
 
 

@@ -229,12 +229,15 @@ class Samples:
 
     def __init__(self, file, settings):
         self.texts, self.verdicts, lines = {}, {}, []
+        self.new_tokens = self.row_steps = 0  # of decoding all that is in the file
         if file.exists():
             for line in file.read_bytes().splitlines(keepends=True):
                 if not line.endswith(b"\n"):  # cut short when it was interrupted
                     break
                 lines.append(line)
                 record = json.loads(line)
+                self.new_tokens += record.get("new_tokens", 0)
+                self.row_steps += record.get("row_steps", 0)
                 if "text" in record:
                     self.texts[record["task_id"], record["sample"]] = record["text"]
                 elif "passed" in record:
@@ -252,6 +255,10 @@ class Samples:
     def add_text(self, task_id, sample, text):
         self.texts[task_id, sample] = text
         self.write(task_id=task_id, sample=sample, text=text)
+
+    def add_decoding(self, new_tokens, row_steps):
+        self.new_tokens, self.row_steps = self.new_tokens + new_tokens, self.row_steps + row_steps
+        self.write(new_tokens=new_tokens, row_steps=row_steps)
 
     def add_verdict(self, task_id, sample, limits, verdict):
         self.verdicts[task_id, sample, limits] = verdict.passed
@@ -278,7 +285,7 @@ def sample_programs(suite, problems, model, tokenizer, num_heads, args, samples,
     kept = args.n * len(problems) - len(todo)
     if kept and not too_long:
         say(f"{suite:<9} {kept} of {kept + len(todo)} programs are there from before")
-    began, new_tokens, steps, told = time.time(), 0, 0, 0
+    began, told = time.time(), 0
     for first in range(0, len(todo), args.batch_size):
         part = todo[first : first + args.batch_size]
         stops = part[0][0].stops
@@ -294,11 +301,12 @@ def sample_programs(suite, problems, model, tokenizer, num_heads, args, samples,
         for (problem, number, _), tokens in zip(part, done.tokens):
             text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             samples.add_text(problem.task_id, number, text[: min((text.find(s) for s in stops if s in text), default=len(text))])
-        new_tokens, steps, finished_now = new_tokens + done.new_tokens, steps + done.row_steps, first + len(part)
+        samples.add_decoding(done.new_tokens, done.row_steps)
+        finished_now = first + len(part)
         if finished_now == len(todo) or time.time() - told > 20:
             told, left = time.time(), (time.time() - began) / finished_now * (len(todo) - finished_now)
             say(f"{suite:<9} {finished_now} of {len(todo)} programs written, {left:.0f} s left")
-    return {f"{suite}/tokens_per_forward": new_tokens / steps} if steps else {}
+    return {f"{suite}/tokens_per_forward": samples.new_tokens / samples.row_steps} if samples.row_steps else {}
 
 
 def score_programs(suite, jobs, sandbox, args, samples, say):

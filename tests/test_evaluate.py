@@ -340,9 +340,12 @@ def test_interrupted_sampling_goes_on_and_ends_as_if_straight(trained, problems,
         return texts, {(r["task_id"], r["sample"]): r["passed"] for r in records if "passed" in r}
 
     assert file.name == other.name and read(file) == read(other) and len(read(file)[1]) == 16
+    straight, resumed = (results_of(tmp_path / folder)["mbpp/tokens_per_forward"] for folder in "ab")
+    assert resumed == pytest.approx(straight) and straight >= 1
     kept = file.read_bytes()
     assert run_here(monkeypatch, *words, "--out", tmp_path / "b") == 0
     assert len(calls) == 9 and file.read_bytes() == kept  # nothing is written or run again
+    assert results_of(tmp_path / "b")["mbpp/tokens_per_forward"] == resumed
     assert run_here(monkeypatch, *words, "--out", tmp_path / "b", "--temperature", 0.5) == 0
     assert len(list((tmp_path / "b").glob("mbpp-*.jsonl"))) == 2  # other settings, other file
 
@@ -365,7 +368,7 @@ def test_texts_end_before_the_first_stop_string_wherever_tokens_lie(trained):
 
     class Kept(suites.Samples):
         def __init__(self):
-            self.texts = {}
+            self.texts, self.new_tokens, self.row_steps = {}, 0, 0
 
         def write(self, **record):
             pass
