@@ -101,9 +101,9 @@ def units(run, key):
     return [str(t) for t in tasks], np.stack([right, np.ones(len(tasks))])
 
 
-def scored_by(run, suite):
-    """Fingerprint of the problems that a suite of programs was scored by; None of other suites."""
-    return run.results.get("suites", {}).get(suite, {}).get("problems")
+def how_measured(run, suite):
+    """What results.json says of how a suite was measured: of programs also a fingerprint of the problems."""
+    return run.results.get("suites", {}).get(suite, {})
 
 
 def measured(run, key):
@@ -118,6 +118,10 @@ def suite_differences(first, other, suite, keys, resamples, seed):
     if not keys:
         return {}, []
     if suite == "speed":
+        for name in ("data", "seq_len", "dtype", "device", "threads", "prompts", "new_tokens"):
+            values = [how_measured(run, suite).get(name, run.results.get(f"speed/{name}")) for run in (first, other)]
+            if values[0] != values[1]:
+                return {}, [f"speed: no differences, since it was not timed alike ({name} {words(values)})"]
         told = "speed: no intervals, since a speed-up is one figure of a run"
         return {key: [other.results[key] - first.results[key], None, None] for key in keys}, [told]
     unit, texts = "problems", [run.results.get("heldout_fingerprint") for run in (first, other)]
@@ -130,7 +134,7 @@ def suite_differences(first, other, suite, keys, resamples, seed):
         pair = units(first, key), units(other, key)
         if None in pair:
             told.append(f"{key}: no difference, since figures by {unit[:-1]} are not there")
-        elif pair[0][0] != pair[1][0] or len({scored_by(run, suite) for run in (first, other)}) > 1:
+        elif pair[0][0] != pair[1][0] or len({how_measured(run, suite).get("problems") for run in (first, other)}) > 1:
             return {}, [f"{suite}: no differences, since the {unit} are not the same"]
         elif not all(
             math.isclose(sums[0].sum() / sums[1].sum(), run.results[key], rel_tol=1e-6, abs_tol=1e-9)

@@ -493,11 +493,11 @@ def evaluate(args, problems, sandbox, ranks):
             metrics, documents = heldout_suite(model, tokenizer, data, args, ranks)
             write_whole(out / FILES[1], json.dumps(documents))
             results.values["heldout_fingerprint"] = data.heldout_fingerprint
-            results.add(suite, metrics, args, began, data=data_name, dtype=args.dtype)
+            results.add(suite, metrics, args, began, data=data_name, seq_len=length, dtype=args.dtype)
         elif suite == "speed":
             metrics = speed_suite(model, data, args, ranks)
             machine = dict(device=ranks.device.type, threads=torch.get_num_threads(), rounds=args.rounds)
-            results.add(suite, metrics, args, began, data=data_name, dtype=args.dtype, **machine)
+            results.add(suite, metrics, args, began, data=data_name, seq_len=length, dtype=args.dtype, **machine)
         else:
             program_suite(suite, problems[suite], model, tokenizer, sandbox, args, results, ranks.say)
         ranks.say(f"{suite:<9} done in {time.time() - began:.1f} s")

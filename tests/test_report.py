@@ -363,6 +363,9 @@ def test_what_does_not_compare_gets_no_difference_but_a_line(tmp_path):
     printed = compare.compare_runs(tmp_path, [a_run("one", **speed), a_run("two", **{"speed/speedup_heads_2_batch_1": 1.5})])
     assert of_json(tmp_path)["differences"]["B"]["speed/speedup_heads_2_batch_1"] == [0.25, None, None]
     assert "speed: no intervals" in printed
+    for more in ({"suites": {"speed": {"data": "mbpp"}}}, {"speed/new_tokens": 16}):
+        printed = compare.compare_runs(tmp_path, [a_run("one", **speed), a_run("two", **speed, **more)])
+        assert "not timed alike" in printed and "speed/speedup_heads_2_batch_1" not in of_json(tmp_path)["differences"]["B"]
     for runs in ([first], [first] * 27):
         with pytest.raises(UsageError, match="--compare"):
             compare.compare_runs(tmp_path, runs)
