@@ -227,7 +227,7 @@ def generate(model, prompts, max_new_tokens, eos, num_heads=1, temperature=0.0, 
             if not first:
                 result.row_steps += 1
                 result.new_tokens += len(new) + ended
-                result.accepted[: taken[row]] += 1
+                result.accepted[: min(taken[row], len(new) + ended)] += 1  # what is cut off was not taken
             if not (ended or len(mine) >= max_new_tokens or (finished and finished(mine))):
                 kept.append(row)
         if not kept:

@@ -146,6 +146,8 @@ class Args:
                 raise UsageError(f"--{flag} {value}: name one of {', '.join(PROGRAMS)} in --suites, not {len(programs)}")
         if self.solutions and len(set(self.suites)) > 1:
             raise UsageError(f"--solutions {self.solutions}: scores programs alone; --suites {programs[0]}")
+        if self.solutions and self.limit:
+            raise UsageError(f"--limit {self.limit}: only for sampled programs, and --solutions gives its own")
         if len(self.compare) == 1:
             raise UsageError(f"--compare {self.compare[0]}: name two runs or more")
 
@@ -279,14 +281,20 @@ def beginnings(data, count):
     return [prompts[i] for i in np.unique(np.linspace(0, len(prompts) - 1, count).astype(int))] if prompts else []
 
 
-def speed_suite(model, data, args, ranks):
-    """Metrics of the `speed` suite: 1..H heads at batch 1 and at `--speed-prompts`, taking turns; medians over rounds."""
-    num_heads, prompts = len(model.heads.layers), beginnings(data, args.speed_prompts)
+def speed_prompts(model, data, args):
+    """The prompts of the `speed` suite; UsageError if there are none or the model has no room to go on from them."""
+    prompts, num_heads = beginnings(data, args.speed_prompts), len(model.heads.layers)
     if not prompts:
         raise UsageError("--suites speed: no held-out row has two tokens or more to begin with")
     longest = getattr(model.causal_lm.config, "max_position_embeddings", None) or math.inf
     if (needed := max(map(len, prompts)) + args.speed_tokens + num_heads) > longest:
         raise UsageError(f"--speed-tokens {args.speed_tokens}: prompts, text and drafts take {needed} of {longest} positions")
+    return prompts
+
+
+def speed_suite(model, prompts, args, ranks):
+    """Metrics of the `speed` suite: 1..H heads at batch 1 and at `--speed-prompts`, taking turns; medians over rounds."""
+    num_heads = len(model.heads.layers)
     settings = [(k, size) for size in sorted({1, len(prompts)}) for k in range(1, num_heads + 1)]
     seconds, texts, done = {s: [] for s in settings}, {}, {}
     for number in range(args.rounds + 1):  # the first round warms up and is not counted
@@ -424,7 +432,8 @@ class Results:
         if (out / FILES[0]).exists():
             self.values = report.read_json(out / FILES[0], f"--out {out}")
             if self.values.get("fingerprint") != fingerprint:
-                raise UsageError(f"--out {out}: holds the results of {self.values.get('subject')}; name another folder")
+                held = self.values.get("subject")
+                raise UsageError(f"--out {out}: holds the results of other weights or solutions ({held}); name another folder")
         report.make_folder(out)
         self.values |= dict(subject=name, fingerprint=fingerprint, **commit(), versions=versions())
 
@@ -491,6 +500,7 @@ def evaluate(args, problems, sandbox, ranks):
         data, data_name = load_heldout(args, record, model, tokenizer, ranks)
         rows, length = data.heldout[:]["input_ids"].shape
         ranks.say(f"data      {data_name}, {rows:,} held-out rows of {length} tokens")
+        prompts = speed_prompts(model, data, args) if "speed" in args.suites else []
     results = Results(out, name, fingerprint_of(model_dir(name)) if Path(model_dir(name)).exists() else name)
     for suite in dict.fromkeys(args.suites):
         began = time.time()
@@ -500,7 +510,7 @@ def evaluate(args, problems, sandbox, ranks):
             results.values["heldout_fingerprint"] = data.heldout_fingerprint
             results.add(suite, metrics, args, began, data=data_name, seq_len=length, dtype=args.dtype)
         elif suite == "speed":
-            metrics = speed_suite(model, data, args, ranks)
+            metrics = speed_suite(model, prompts, args, ranks)
             machine = dict(device=ranks.device.type, threads=torch.get_num_threads(), rounds=args.rounds)
             results.add(suite, metrics, args, began, data=data_name, seq_len=length, dtype=args.dtype, **machine)
         else:

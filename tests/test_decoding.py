@@ -308,7 +308,7 @@ def blockwise(model, prompt, count, num_heads):
             if best(text, 1)[0][-1] != draft:
                 break
             text.append(draft)
-            accepted[right] += 1
+            accepted[right] += len(text) <= len(prompt) + count
             right += 1
         following, *drafts = (head[-1] for head in best(text, num_heads))
         text.append(following)

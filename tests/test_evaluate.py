@@ -241,7 +241,9 @@ def test_speed_says_how_many_drafts_were_taken(evaluated):
         key = f"heads_{k}_batch_{size}"
         taken = [results[f"speed/accepted_{key}/draft_{j}"] for j in range(1, k)]
         assert taken == sorted(taken, reverse=True) and taken[0] > 0
-        assert results[f"speed/tokens_per_forward_{key}"] <= 1 + sum(taken) + 1e-9  # less where the last pass made too many
+        passes = 3 * 23 / results[f"speed/tokens_per_forward_{key}"]  # a row's first token comes from its prompt's pass
+        spare = passes * (1 + sum(taken) - results[f"speed/tokens_per_forward_{key}"])
+        assert -1e-6 < spare < 3 + 1e-6  # at most one token a row is cut off after its last draft
         assert results[f"speed/tokens_per_s_{key}"] > 0 and results[f"speed/speedup_{key}"] > 0
     assert results["speed/tokens_per_forward_heads_3_batch_1"] == results["speed/tokens_per_forward_heads_3_batch_3"]
 
@@ -440,7 +442,7 @@ def test_results_of_another_model_are_not_mixed_in(trained, one_head, evaluated,
     shutil.copytree(evaluated, out)
     before = (out / "results.json").read_bytes()
     assert run_here(monkeypatch, "--run-dir", one_head, "--out", out, "--suites", "heldout") == 2
-    assert "holds the results of" in capsys.readouterr().err and (out / "results.json").read_bytes() == before
+    assert "holds the results of other weights" in capsys.readouterr().err and (out / "results.json").read_bytes() == before
 
 
 def test_any_checkpoint_is_measured_on_any_data(trained, evaluated, python_text, monkeypatch, tmp_path):
@@ -526,6 +528,7 @@ def test_runs_are_compared_on_the_same_documents(trained, one_head, monkeypatch,
         (("--temperature", "-1"), ("--temperature -1",)),
         (("--suites", "mbpp", "--temperature", "0"), ("--n 20", "--n 1")),
         (("--solutions", "x.jsonl"), ("--solutions x.jsonl", "--suites")),
+        (("--suites", "mbpp", "--solutions", "x.jsonl", "--limit", "2"), ("--limit 2", "--solutions")),
         (("--compare", "a"), ("--compare a", "two")),
         (("--compare", "a", "b"), ("--compare a", "not evaluated")),
         (("--suites", "mbpp", "--problems", "none.jsonl"), ("--problems none.jsonl",)),
