@@ -37,6 +37,7 @@ Commands (the reference must have seen neither the held-out nor, where noise is 
 Results: README.md
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -326,26 +327,28 @@ class Reference:
         blocks = np.array_split(np.arange(len(rows)), math.ceil(len(rows) / max(1, size)))
         if not file.exists():
             part.touch()
-            there = np.memmap(part, np.float32, "r+", shape=shape)  # grows to its size, of zeros
-            for number, block in enumerate(blocks[self.ranks.rank :: self.ranks.world_size]):
-                if number % 100 == 0:
-                    self.ranks.say(f"reference losses of {block[0]:,} of {len(rows):,} rows are in {part}")
-                if there[block[-1], -1, -1] != 1:
-                    self.load()
-                    losses_KBT = self(load_batch(rows, block, self.num_heads, self.ranks.device), "new")
-                    with open(part, "r+b") as f:
+            with open(part, "r+b") as f:  # held: another run may finish the file and rename it meanwhile
+                there = np.memmap(f, np.float32, "r+", shape=shape)  # grows to its size, of zeros
+                for number, block in enumerate(blocks[self.ranks.rank :: self.ranks.world_size]):
+                    if number % 100 == 0:
+                        self.ranks.say(f"reference losses of {block[0]:,} of {len(rows):,} rows are in {part}")
+                    if there[block[-1], -1, -1] != 1:
+                        self.load()
+                        losses_KBT = self(load_batch(rows, block, self.num_heads, self.ranks.device), "new")
                         f.seek(int(block[0]) * there[0].nbytes)
                         f.write(losses_KBT.transpose(0, 1).float().cpu().numpy().tobytes())
                         f.flush()
                         os.fsync(f.fileno())  # the mark must not come before what it speaks of
                         f.seek(-4, os.SEEK_CUR)
                         f.write(np.float32(1).tobytes())
+                        f.flush()
         self.ranks.barrier()
         with self.ranks.first() as alone:
             if alone and not file.exists():
-                there = np.memmap(part, np.float32, "r", shape=shape)
-                assert all(there[block[-1], -1, -1] == 1 for block in blocks), f"{part} lacks blocks that some rank made"
-                part.replace(file)
+                with contextlib.suppress(FileNotFoundError):  # the other run was here between the two lines
+                    there = np.memmap(part, np.float32, "r", shape=shape)
+                    assert all(there[block[-1], -1, -1] == 1 for block in blocks), f"{part} lacks blocks that some rank made"
+                    part.replace(file)
             if alone and file.stat().st_size != 4 * math.prod(shape):
                 raise UsageError(f"{self.name}: its losses in {file} are not those of these {len(rows)} rows; remove that file")
         return np.memmap(file, np.float32, "r", shape=shape)
