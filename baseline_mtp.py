@@ -67,7 +67,7 @@ class Args:
 
     # Data
     data: str = "stdlib"
-    """stdlib, mbpp, a file or URL (.jsonl .json .parquet .csv or text), or a hub name owner/name."""
+    """stdlib (stdlib:a, stdlib:b: halves of it), mbpp, a file or URL (.jsonl .json .parquet .csv or text), or a hub name."""
     seq_len: int = 256
     """Tokens a row."""
     noise_frac: float = 0.0

@@ -274,6 +274,9 @@ class MTPModel(nn.Module):
     def hidden(self, x_BT, num_heads):
         """Normed states of heads 1..num_heads, `[K, B, T, D]`."""
         self.heads.active = num_heads
+        for layer in self.heads.layers[num_heads:]:  # with micro-steps torch 2.13 fails on one that never ran (pytorch #194058)
+            if isinstance(layer, FSDPModule):
+                layer.set_requires_gradient_sync(True)
         states = self.causal_lm.model(input_ids=x_BT, use_cache=False).last_hidden_state
         return states.view(num_heads, *x_BT.shape, -1)
 

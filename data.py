@@ -42,7 +42,7 @@ class Data:
     prompt: str  # the beginning of a held-out document
 
 
-PRESETS = ("stdlib", "mbpp")
+PRESETS = ("stdlib", "mbpp", "stdlib:a", "stdlib:b")
 
 
 def load_data(name, tokenizer, seq_len, seed, noise_frac, ranks):
@@ -53,6 +53,8 @@ def load_data(name, tokenizer, seq_len, seed, noise_frac, ranks):
             or a hub name `owner/name` (its split `train`). Columns: `text` or `content`; or `prompt` and `completion`.
         seed: fixes which documents are held out: in shuffled order, as many as fit into 3 % of the bytes (at most
             4 MB). MBPP keeps its own split: training on tasks 601-974, held out 511-600, 11-510 left for evaluation.
+            `stdlib:a` and `stdlib:b` train on one half each of what `stdlib` trains on with seed 0, and hold out the
+            same as it, whatever the seed: for a reference model that has seen nothing of what it scores or is judged on.
         noise_frac: share of the non-blank training lines replaced by random printable characters.
 
     Raises:
@@ -72,7 +74,11 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, say):
         raise UsageError(f"--noise-frac {noise_frac}: from 0 to 1")
     if seq_len < 2:
         raise UsageError(f"--seq-len {seq_len}: at least 2")
-    documents, train_numbers, heldout_numbers = _split(*_read_documents(name), seed, name)
+    base, _, half = name.partition(":") if name in PRESETS else (name, "", "")
+    documents, train_numbers, heldout_numbers = _split(*_read_documents(base), 0 if half else seed, name)
+    if half:  # by the text, so that copies of a file fall into one half
+        sides = np.array([zlib.crc32(text.encode("utf-8", "replace")) % 2 for text in documents["text"]])
+        train_numbers = train_numbers[sides[train_numbers] == "ab".index(half)]
     vocabulary = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id, tokenizer.pad_token_id]
     if tokenizer.is_fast:  # merges, normaliser and template too: they make other tokens of the same vocabulary
         pipeline = json.loads(tokenizer.backend_tokenizer.to_str())

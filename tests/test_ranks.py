@@ -195,6 +195,10 @@ SCHEDULES = {"constant": 50, "forward": 8}  # and updates
 JOBS = {f"{s} {n}": (n, train, dict(mtp_schedule=s, steps=steps)) for s, steps in SCHEDULES.items() for n in (1, 2, 4)}
 JOBS |= {f"16 rows {n}": (n, train, dict(batch_size=16, steps=6)) for n in (1, 2)}
 JOBS |= {"16 rows accumulated": (2, train, dict(batch_size=16, micro_batch_size=2, steps=6))}
+JOBS |= {
+    f"forward accumulated {n}": (n, train, dict(batch_size=16, micro_batch_size=2, mtp_schedule="forward", steps=8))
+    for n in (1, 2)
+}
 JOBS |= {"heldout": (1, heldout, {}), "gradients": (2, gradients, {}), "collectives": (2, collectives, {})}
 JOBS |= {f"bytes {n}": (n, local_bytes, {}) for n in (2, 4)}
 
@@ -292,6 +296,11 @@ def test_ranks_train_the_same_curve(outcome, heldout_counts, schedule, n):
 def test_accumulation_on_two_ranks_equals_one_large_batch(outcome, heldout_counts, other):
     """4 micro-steps of 2 rows a rank, 1 of 8 rows, and 16 rows in one process."""
     assert_same_curve(outcome("16 rows 2"), outcome(other), heldout_counts)
+
+
+def test_a_curriculum_with_accumulation_on_two_ranks_equals_one(outcome, heldout_counts):
+    """Heads that have never run stand beside those that keep their gradients from one micro-step to the next."""
+    assert_same_curve(outcome("forward accumulated 1"), outcome("forward accumulated 2"), heldout_counts)
 
 
 @pytest.mark.parametrize("case", CASES)

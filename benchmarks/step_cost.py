@@ -1,0 +1,85 @@
+"""Cost of a training step: baseline, rho1 with reference losses from their file, rho1 with the reference in every step.
+
+    python benchmarks/step_cost.py [--rounds 5] [--steps 60] [--device auto]
+
+The scripts themselves run, taking turns: 4 heads, batch 4 x 256 bytes, the default model, a reference of its size with 1 head,
+noise 0.3 (with noise the detector's area is computed too). A step's seconds are those of `perf/tokens_per_s`; the first ten of
+a run are left out. A round's figure is the median over its steps; the table gives medians over rounds, and the median of the
+ratios within a round. Prints a table and writes step_cost.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+BATCH, LENGTH = 4, 256
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "step_cost.json"))
+    args = parser.parse_args()
+    import torch
+
+    import data
+    from runs import commit, versions
+
+    folder = Path(tempfile.mkdtemp(prefix="step_cost-"))
+    texts = data._stdlib()[::20]  # few, as every run ends with a look at the held-out ones
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    common = ["--data", folder / "text.jsonl", "--seq-len", LENGTH, "--batch-size", BATCH, "--tracker", "none", "--save-every", 0]
+    common += ["--device", args.device, "--mtp-schedule", "constant"]
+    rho1 = ["rho1_wmtp.py", "--noise-frac", 0.3, "--ref-model", folder / "reference"]
+    variants = {
+        "baseline": ["baseline_mtp.py", "--noise-frac", 0.3],
+        "rho1, weighted": rho1,
+        "rho1, token_skip": [*rho1, "--mode", "token_skip"],
+        "rho1, weighted, --ref-online": [*rho1, "--ref-online"],
+    }
+
+    def run(script, *words):
+        command = [sys.executable, ROOT / script, *common, *words]
+        subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL, cwd=folder)
+
+    run("baseline_mtp.py", "--num-heads", 1, "--max-steps", 20, "--run-dir", folder / "reference")
+    run("rho1_wmtp.py", *rho1[1:], "--max-steps", 1, "--run-dir", folder / "file")  # makes the file of reference losses
+    seconds = {name: [] for name in variants}
+    for number in range(args.rounds):
+        names = list(variants)
+        for name in names[number % 4 :] + names[: number % 4]:
+            run_dir = folder / f"{name} {number}"
+            run(*variants[name], "--max-steps", args.steps, "--run-dir", run_dir)
+            lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+            steps = [BATCH * LENGTH / line["perf/tokens_per_s"] for line in lines if "perf/tokens_per_s" in line]
+            seconds[name].append(statistics.median(steps[10:]))
+            print(f"round {number + 1} of {args.rounds}  {name:<30} {seconds[name][-1] * 1e3:8.1f} ms a step", flush=True)
+    rows = []
+    for name, values in seconds.items():
+        ratios = [a / b for a, b in zip(values, seconds["baseline"])]
+        rows.append(dict(form=name, seconds=statistics.median(values), to_baseline=statistics.median(ratios), ratios=ratios))
+    products = json.loads((run_dir / "args.json").read_text())["products"]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() and args.device != "cpu" else platform.processor()
+    machine = dict(
+        device=device or platform.machine(), cores=len(os.sched_getaffinity(0)), products=products, versions=versions()
+    )
+    record = dict(command=" ".join(["python", *sys.argv]), **commit(), **machine, rows=rows)
+    Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\n| form | ms a step | to baseline (min to max) |\n{'|---' * 3}|")
+    for r in rows:
+        spread = f"{min(r['ratios']):.3f} to {max(r['ratios']):.3f}"
+        print(f"| {r['form']} | {r['seconds'] * 1e3:.1f} | {r['to_baseline']:.3f} ({spread}) |")
+
+
+if __name__ == "__main__":
+    main()
