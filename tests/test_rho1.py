@@ -25,6 +25,7 @@ import tyro
 import baseline_mtp
 import common
 import data
+import reference as reference_file
 import rho1_wmtp
 from common import IGNORE
 
@@ -524,8 +525,8 @@ def test_the_file_is_whole_or_not_there_and_goes_on_after_a_kill(material, monke
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", material / "killed cache")
     folder, calls = material / "killed cache/wmtp", []
-    make, size = rho1_wmtp.load_batch, 8192 // LENGTH
-    monkeypatch.setattr(rho1_wmtp.math, "ceil", lambda x, ceil=math.ceil: ceil(x * size / 32))  # blocks of 32 rows
+    make, size = reference_file.load_batch, 8192 // LENGTH
+    monkeypatch.setattr(reference_file.math, "ceil", lambda x, ceil=math.ceil: ceil(x * size / 32))  # blocks of 32 rows
 
     def stops(rows, numbers, *rest):
         calls.append(list(numbers))
@@ -533,7 +534,7 @@ def test_the_file_is_whole_or_not_there_and_goes_on_after_a_kill(material, monke
             raise KeyboardInterrupt
         return make(rows, numbers, *rest)
 
-    monkeypatch.setattr(rho1_wmtp, "load_batch", stops)
+    monkeypatch.setattr(reference_file, "load_batch", stops)
     reference, rows = reference_of(material)
     with pytest.raises(KeyboardInterrupt):
         reference.prepare(rows)
