@@ -227,7 +227,7 @@ def run_jobs(folder, names):
         processes = [context.Process(target=run_rank, args=(folder, name, rank, store.port)) for rank in range(size)]
         for process in processes:
             process.start()
-        deadline = time.time() + 120
+        deadline = time.time() + 600
         for process in processes:
             process.join(max(0, deadline - time.time()))
         codes[name] = [process.exitcode for process in processes]
