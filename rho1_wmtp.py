@@ -23,7 +23,7 @@ https://arxiv.org/abs/2404.19737):
     N        num_valid      valid targets of head 1 in the update, over all ranks and accumulation steps
 
 Deviations from the paper:
-  1. --mode weighted keeps every token; the paper's selection is --mode token_skip.
+  1. --mode weighted keeps every token, with graded weights; the paper's selection, token_skip, is the default.
   2. The score is head 1's: a next-token reference sees x[<t+k] and head k x[<=t] alone, so their losses differ by more than
      noise. --score-heads each gives head k its own excess over head k of a reference that has as many heads.
   3. Reference losses are computed once for a data set and kept in a file; --ref-online computes them in the step.
@@ -31,7 +31,7 @@ Deviations from the paper:
 Commands (the reference must have seen neither the held-out nor, where noise is the question, the training documents):
   laptop      python baseline_mtp.py --data stdlib:b --num-heads 1 --run-dir runs/reference
               python rho1_wmtp.py --data stdlib:a --noise-frac 0.3 --ref-model runs/reference
-  the paper   python rho1_wmtp.py --data stdlib:a --noise-frac 0.3 --ref-model runs/reference --mode token_skip
+  graded      python rho1_wmtp.py --data stdlib:a --noise-frac 0.3 --ref-model runs/reference --mode weighted
   one GPU     python rho1_wmtp.py --model Qwen/Qwen2.5-0.5B --ref-model my-finetuned-qwen --data my.jsonl --lr 1e-5 ...
   eight GPUs  torchrun --nproc-per-node 8 rho1_wmtp.py --model Qwen/Qwen2.5-7B --ref-model my-finetuned-qwen --lr 1e-5 ...
 Results: README.md
@@ -131,7 +131,7 @@ class Args:
     """Largest weight of --mode weighted, before regularisation."""
     ref_model: str = ""
     """Reference: a run folder, its model/, or a Hugging Face causal LM, with the tokenizer of this run."""
-    mode: Literal["weighted", "token_skip"] = "weighted"
+    mode: Literal["weighted", "token_skip"] = "token_skip"
     """weighted: softmax of the scores. token_skip: the lowest scores are left out, the others weigh the same."""
     skip_ratio: float = 0.3
     """Share of the valid tokens that token_skip leaves out, from 0 to below 1."""

@@ -68,7 +68,7 @@ def metrics_of(run_dir, without=("perf/",)):
 
 
 def args_of(**changes):
-    return rho1_wmtp.Args(ref_model="none", **changes)
+    return rho1_wmtp.Args(**(dict(ref_model="none", mode="weighted") | changes))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def material(tmp_path_factory):
 
 
 def rho1(material, folder, **changes):
-    return run(rho1_wmtp, flags(material, folder, **{"ref_model": material / "reference"} | changes))
+    return run(rho1_wmtp, flags(material, folder, **{"ref_model": material / "reference", "mode": "weighted"} | changes))
 
 
 def rows_of(material, name="text", noise_frac=0.3):
