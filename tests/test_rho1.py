@@ -715,7 +715,7 @@ def test_the_arguments_end_with_the_algorithm():
     flags = "lambda_ temperature epsilon max_weight ref_model mode skip_ratio score score_heads min_excess control ref_online"
     assert own[len(shared) :] == flags.split()
     parsed = [tyro.cli(rho1_wmtp.Args, args=["--ref-model", "x", *words]).lambda_
-              for words in ([], ["--mode", "token_skip"], ["--mode", "token_skip", "--lambda", "0.2"])]  # fmt: skip
+              for words in (["--mode", "weighted"], [], ["--lambda", "0.2"])]  # fmt: skip
     assert parsed == [0.3, 0, 0.2]  # what token_skip leaves out, it leaves out entirely
 
 
