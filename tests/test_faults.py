@@ -472,6 +472,7 @@ def test_the_mark_of_another_machine_counts_while_it_is_touched(monkeypatch, tmp
 
 
 # --------------------------------------------------------------------------------------------------------------- two ranks
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_ranks_stops_both(start, straight_two, tmp_path):
     job = start(tmp_path / "run", **TWO)
     job.until(lambda: job.updates() >= 9)
