@@ -37,11 +37,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 
 import report
-from common import IGNORE, UsageError, check_vocabulary, load_mtp, load_tokenizer, model_dir, run_script, setup_ranks
+from common import IGNORE, TokenLosses, UsageError, check_vocabulary, load_mtp, load_tokenizer, max_positions, model_dir
+from common import run_script, setup_ranks
 from compare import FILES, compare_runs, load_run
 from data import heldout_batches, load_data, make_targets
 from decoding import generate
@@ -160,10 +160,7 @@ def token_figures(model, x_BT, targets_KBT):
     """
     hidden, out = model.hidden(x_BT, targets_KBT.shape[0]).flatten(0, -2), []
     for states, target in zip(hidden.split(model.chunk), targets_KBT.flatten().split(model.chunk)):
-        logits = F.linear(states, model.causal_lm.lm_head.weight).float()
-        if model.softcap is not None:
-            logits = torch.tanh(logits / model.softcap) * model.softcap
-        logp = logits.log_softmax(-1)
+        logp = TokenLosses.logits(states, model.causal_lm.lm_head.weight, model.softcap).log_softmax(-1)
         chosen, (top, most_likely) = logp.gather(-1, target.clamp(min=0)[:, None]), logp.max(-1)
         figures = [-chosen[:, 0], most_likely == target, (logp > chosen).sum(-1) < 5, top.exp()]
         out.append(torch.stack([f.float() for f in figures]).masked_fill(target == IGNORE, math.nan))
@@ -286,7 +283,7 @@ def speed_prompts(model, data, args):
     prompts, num_heads = beginnings(data, args.speed_prompts), len(model.heads.layers)
     if not prompts:
         raise UsageError("--suites speed: no held-out row has two tokens or more to begin with")
-    longest = getattr(model.causal_lm.config, "max_position_embeddings", None) or math.inf
+    longest = max_positions(model.causal_lm.config)
     if (needed := max(map(len, prompts)) + args.speed_tokens + num_heads) > longest:
         raise UsageError(f"--speed-tokens {args.speed_tokens}: prompts, text and drafts take {needed} of {longest} positions")
     return prompts
@@ -370,7 +367,7 @@ def load_heldout(args, record, model, tokenizer, ranks):
     """The data set whose held-out part is measured, and its name: the run's own, unless --data names another."""
     own = record.get("args", {})
     name, seq_len = args.data or own.get("data", "stdlib"), args.seq_len or own.get("seq_len", 256)
-    longest = getattr(model.causal_lm.config, "max_position_embeddings", None) or math.inf
+    longest = max_positions(model.causal_lm.config)
     if seq_len > longest:
         raise UsageError(f"--seq-len {seq_len}: the model has positions for {longest} tokens at most")
     data = load_data(name, tokenizer, seq_len, own.get("seed", args.seed), own.get("noise_frac", 0.0), ranks)
@@ -412,15 +409,15 @@ def digest(value):
 
 def fingerprint_of(path):
     """Of a file, or of the files in a folder: names, sizes, and 64 blocks of each."""
-    path, digest = Path(path), hashlib.sha256()
+    path, found = Path(path), hashlib.sha256()
     for file in [path] if path.is_file() else sorted(f for f in path.glob("*") if f.is_file()):
         size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
+        found.update(f"{file.name} {size} ".encode())
         with open(file, "rb") as f:
             for start in range(0, size, max(65536, size // 64)):
                 f.seek(start)
-                digest.update(f.read(65536))
-    return digest.hexdigest()[:16]
+                found.update(f.read(65536))
+    return found.hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------------------------- main

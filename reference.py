@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from common import HEADS_FILE, UsageError, first_line, load_mtp, load_tokenizer
+from common import HEADS_FILE, UsageError, first_line, load_mtp, load_tokenizer, max_positions, model_dir
 from data import load_batch
 
 
@@ -32,8 +32,7 @@ class Reference:
     """
 
     def __init__(self, args, model, tokenizer, data, ranks):
-        name, inside = f"--ref-model {args.ref_model}", Path(args.ref_model) / "model"
-        folder = inside if (inside / "config.json").exists() else Path(args.ref_model)
+        name, folder = f"--ref-model {args.ref_model}", Path(model_dir(args.ref_model))
         try:
             config, other = transformers.AutoConfig.from_pretrained(str(folder)), load_tokenizer(str(folder))
         except Exception as error:  # what a broken file raises has no common class
@@ -45,8 +44,8 @@ class Reference:
         same = other.get_vocab() == tokenizer.get_vocab() and other.eos_token_id == tokenizer.eos_token_id
         if not same or other(sample)["input_ids"] != tokenizer(sample)["input_ids"]:
             raise UsageError(f"{name}: its tokenizer is not this run's (--model {args.model}), so its losses are of other tokens")
-        if (getattr(text, "max_position_embeddings", None) or math.inf) < args.seq_len:
-            raise UsageError(f"{name}: has positions for {text.max_position_embeddings} tokens, --seq-len is {args.seq_len}")
+        if (longest := max_positions(text)) < args.seq_len:
+            raise UsageError(f"{name}: has positions for {longest} tokens, --seq-len is {args.seq_len}")
         heads = folder / HEADS_FILE
         held = int(safe_open(heads, "pt").metadata()["num_heads"]) if heads.exists() else 1
         if args.score_heads == "each" and held != args.num_heads:
@@ -54,8 +53,11 @@ class Reference:
         files = sorted(f for f in folder.glob("*") if f.suffix in (".safetensors", ".bin") or f.name == "config.json")
         if folder.is_dir() and len(files) < 2:
             raise UsageError(f"{name}: {folder} holds no weights (.safetensors or .bin)")
-        digests = [hashlib.file_digest(open(f, "rb"), "sha256").hexdigest() for f in files] or [name, str(config._commit_hash)]
-        self.fingerprint = hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
+        digests = [] if files else [name, str(config._commit_hash)]
+        for file in files * (ranks.rank == 0):  # read once, not on every rank
+            with open(file, "rb") as f:
+                digests.append(hashlib.file_digest(f, "sha256").hexdigest())
+        self.fingerprint = ranks.of_first(hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16])
         self.name, self.folder, self.args, self.ranks, self.model, self.losses = name, str(folder), args, ranks, None, {}
         self.num_heads = held if args.score_heads == "each" else 1
         record = folder.parent / "args.json"

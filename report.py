@@ -314,19 +314,15 @@ CHARTS = dict(
 )  # fmt: skip
 
 
-def draw(out, results, history, pictures=None):
-    """Draw the charts whose figures are there into folder `out`; returns `[(title, path), ...]`.
-
-    pictures: names among `CHARTS` to draw; None: all, and charts of an earlier evaluation that are not drawn again go.
-    """
+def draw(out, results, history):
+    """Draw the charts whose figures are there into folder `out`, remove the others; returns `[(title, path), ...]`."""
     drawn = []
-    for name in CHARTS if pictures is None else pictures:
-        title, make = CHARTS[name]
+    for name, (title, make) in CHARTS.items():
         file = Path(out) / f"{name}.png"
         if (figure := make(results, history)) is not None:
             figure.savefig(file)
             drawn.append((title, file))
-        elif pictures is None:
+        else:
             file.unlink(missing_ok=True)
     return drawn
 

@@ -6,12 +6,11 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import math
 import statistics
 import time
 import warnings
 
-from common import UsageError, first_line
+from common import UsageError, first_line, max_positions
 from data import encode, mbpp_record
 from decoding import generate
 from sandbox import Job
@@ -53,7 +52,7 @@ def load_problems(suite, path=None, say=print, shots=3):
         task twice, no problem with tests.
     """
     if suite not in SUITES:
-        raise UsageError(f"--suite {suite}: {', '.join(SUITES)}")
+        raise UsageError(f"--suites {suite}: {', '.join(SUITES)}")
     make, columns = {
         "humaneval": (_humaneval, ("task_id", "prompt", "entry_point", "canonical_solution", "test")),
         "mbpp": (_mbpp, ("task_id", "text", "code", "test_list", "test_setup_code")),
@@ -109,7 +108,7 @@ def _records(suite, path):
     except Exception as error:  # what datasets raises has no common class
         if isinstance(error, UsageError):
             raise
-        what = f"--problems {path}" if path else f"--suite {suite}"
+        what = f"--problems {path}" if path else f"--suites {suite}"
         raise UsageError(
             f"{what}: cannot be read ({type(error).__name__}: {first_line(error)}); give a file by --problems"
         ) from error
@@ -267,7 +266,7 @@ class Samples:
 
 def sample_programs(suite, problems, model, tokenizer, num_heads, args, samples, say):
     """Write `--n` completions of every problem into `samples`, but those that are there."""
-    longest = getattr(model.causal_lm.config, "max_position_embeddings", None) or math.inf
+    longest = max_positions(model.causal_lm.config)
     encoded, todo, too_long = encode(tokenizer, [p.prompt for p in problems], True, None), [], 0
     for problem, (ids, _) in zip(problems, encoded):
         ids = ids[: len(ids) - (ids[-1] == tokenizer.eos_token_id)].tolist()  # some templates end a prompt

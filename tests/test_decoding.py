@@ -22,14 +22,6 @@ NEW = 32  # tokens a row
 PROMPTS = [tokens(1, length, seed=length)[0].tolist() for length in (3, 9, 5, 14, 1)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 CHAIN = (3 + torch.randperm(94, generator=torch.Generator().manual_seed(4))).tolist()  # every token has its successor
 
 

@@ -28,13 +28,9 @@ import data
 import reference as reference_file
 import rho1_wmtp
 from common import IGNORE
+from test_run import CONFIG
 
 ROOT = Path(__file__).parents[1]
-CONFIG = dict(
-    model_type="llama", vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False, pad_token_id=0, eos_token_id=1,
-    bos_token_id=None, initializer_range=0.1,
-)  # fmt: skip
 LENGTH = 32
 
 
