@@ -94,15 +94,20 @@ class Ranks:
     @contextlib.contextmanager
     def first(self):
         """True on rank 0, which does the work inside alone while the others wait; its `UsageError` is raised on all."""
-        message = [None]
+        message = None
         try:
             yield self.rank == 0
         except UsageError as error:
-            message = [str(error)]
+            message = str(error)
+        if message := self.of_first(message):
+            raise UsageError(message)
+
+    def of_first(self, value):
+        """What rank 0 has for `value`, on every rank."""
+        values = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(message, 0)
-        if message[0]:
-            raise UsageError(message[0])
+            dist.broadcast_object_list(values, 0)
+        return values[0]
 
     def patience(self, minutes):
         """From here on a collective fails once it has waited so long: a host without power or network closes no connection."""
@@ -234,7 +239,7 @@ class Heads(nn.Module):
 
     def forward(self, hidden_BTD, *args, **kwargs):
         outputs = []
-        for layer in self.layers[: self.active]:
+        for layer in list(self.layers)[: self.active]:  # a slice of the ModuleList would be a new module
             run = functools.partial(checkpoint, layer, use_reentrant=False) if self.recompute else layer
             outputs.append(run(hidden_BTD, *args, **kwargs))
         return torch.cat(outputs)
@@ -274,7 +279,7 @@ class MTPModel(nn.Module):
     def hidden(self, x_BT, num_heads):
         """Normed states of heads 1..num_heads, `[K, B, T, D]`."""
         self.heads.active = num_heads
-        for layer in self.heads.layers[num_heads:]:  # with micro-steps torch 2.13 fails on one that never ran (pytorch #194058)
+        for layer in list(self.heads.layers)[num_heads:]:  # micro-steps fail on one that never ran (pytorch #194058)
             if isinstance(layer, FSDPModule):
                 layer.set_requires_gradient_sync(True)
         states = self.causal_lm.model(input_ids=x_BT, use_cache=False).last_hidden_state
@@ -379,13 +384,18 @@ def build_model(name, num_heads, seq_len=None, recompute="none"):
     else:
         model, tokenizer = load_mtp(name, num_heads, add_heads=True), load_tokenizer(model_dir(name))
     check_vocabulary(name, model, tokenizer)
-    longest = getattr(model.causal_lm.config, "max_position_embeddings", None) or math.inf
+    longest = max_positions(model.causal_lm.config)
     if (seq_len or 0) > longest:
         raise UsageError(f"--seq-len {seq_len}: --model {name} has positions for {longest} tokens at most")
     model.heads.recompute = recompute == "heads"
     if recompute == "all":
         model.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
     return model, tokenizer
+
+
+def max_positions(config):
+    """Longest text that a model has positions for; infinite where it has no limit."""
+    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def check_vocabulary(name, model, tokenizer):

@@ -15,8 +15,8 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from common import UsageError
-from report import RUN_COLOURS, aligned, by_column, cell, column_name, images, mean_of, new_figure, page
-from report import provenance_table, read_history, running_mean, series, shown, split_key, words
+from report import RUN_COLOURS, aligned, by_column, cell, column_name, images, make_folder, mean_of, new_figure, page
+from report import provenance_table, read_history, read_json, running_mean, series, shown, split_key, words
 from runs import write_whole
 
 FILES = ("results.json", "documents.json", "programs.json")  # what an evaluation leaves
@@ -42,7 +42,7 @@ def load_run(name):
         out, run_dir = run_dir, run_dir.parent
     if not (out / "results.json").exists():
         raise UsageError(f"--compare {name}: not evaluated yet; python evaluate.py --run-dir {shlex.quote(name)}")
-    read = {file: json.loads((out / file).read_text()) if (out / file).exists() else {} for file in FILES}
+    read = {file: read_json(out / file, f"--compare {name}") if (out / file).exists() else {} for file in FILES}
     return Run(Path(name).name, out, read["results.json"], read_history(run_dir), *(read[file] for file in FILES[1:]))
 
 
@@ -101,6 +101,11 @@ def units(run, key):
     return [str(t) for t in tasks], np.stack([right, np.ones(len(tasks))])
 
 
+def how_measured(run, suite):
+    """What results.json says of how a suite was measured: of programs also a fingerprint of the problems."""
+    return run.results.get("suites", {}).get(suite, {})
+
+
 def measured(run, key):
     """The figure; None where it was not measured or is not finite."""
     value = run.results.get(key)
@@ -113,6 +118,10 @@ def suite_differences(first, other, suite, keys, resamples, seed):
     if not keys:
         return {}, []
     if suite == "speed":
+        for name in ("data", "seq_len", "dtype", "device", "threads", "prompts", "new_tokens"):
+            values = [how_measured(run, suite).get(name, run.results.get(f"speed/{name}")) for run in (first, other)]
+            if values[0] != values[1]:
+                return {}, [f"speed: no differences, since it was not timed alike ({name} {words(values)})"]
         told = "speed: no intervals, since a speed-up is one figure of a run"
         return {key: [other.results[key] - first.results[key], None, None] for key in keys}, [told]
     unit, texts = "problems", [run.results.get("heldout_fingerprint") for run in (first, other)]
@@ -125,7 +134,7 @@ def suite_differences(first, other, suite, keys, resamples, seed):
         pair = units(first, key), units(other, key)
         if None in pair:
             told.append(f"{key}: no difference, since figures by {unit[:-1]} are not there")
-        elif pair[0][0] != pair[1][0]:
+        elif pair[0][0] != pair[1][0] or len({how_measured(run, suite).get("problems") for run in (first, other)}) > 1:
             return {}, [f"{suite}: no differences, since the {unit} are not the same"]
         elif not all(
             math.isclose(sums[0].sum() / sums[1].sum(), run.results[key], rel_tol=1e-6, abs_tol=1e-9)
@@ -159,7 +168,7 @@ def compare_runs(out, runs, resamples=10_000, seed=0):
     if not 2 <= len(runs) <= 26:
         raise UsageError(f"--compare: {len(runs)} given; name 2 to 26 evaluated runs")
     out, letters = Path(out), [chr(ord("A") + i) for i in range(len(runs))]
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     wanted = r"heldout/(loss|acc)_head_\d+|heldout/bits_per_byte|\w+/pass@\d+|speed/speedup_\w+"
     keys = [key for key in dict.fromkeys(k for run in runs for k in run.results) if re.fullmatch(wanted, key)]
     order = list(dict.fromkeys(key.split("/")[0] for key in keys))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache
 
-from common import UsageError
+from common import TokenLosses, UsageError
 
 
 @dataclasses.dataclass
@@ -131,9 +131,7 @@ class _Decoder:
         return out.last_hidden_state.view(self.num_heads, *x_BQ.shape, -1)
 
     def logits(self, states):
-        logits = F.linear(states, self.model.causal_lm.lm_head.weight).float()
-        cap = self.model.softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return TokenLosses.logits(states, self.model.causal_lm.lm_head.weight, self.model.softcap)
 
     def propose(self, states_MBD, uniform_BM):
         """Drafts `[B, K-1]` of heads 2..K from their states at each row's last taken position, and the drafts' distributions."""
@@ -227,7 +225,7 @@ def generate(model, prompts, max_new_tokens, eos, num_heads=1, temperature=0.0, 
             if not first:
                 result.row_steps += 1
                 result.new_tokens += len(new) + ended
-                result.accepted[: taken[row]] += 1
+                result.accepted[: min(taken[row], len(new) + ended)] += 1  # what is cut off was not taken
             if not (ended or len(mine) >= max_new_tokens or (finished and finished(mine))):
                 kept.append(row)
         if not kept:

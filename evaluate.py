@@ -37,11 +37,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 
 import report
-from common import IGNORE, UsageError, check_vocabulary, load_mtp, load_tokenizer, model_dir, run_script, setup_ranks
+from common import IGNORE, TokenLosses, UsageError, check_vocabulary, load_mtp, load_tokenizer, max_positions, model_dir
+from common import run_script, setup_ranks
 from compare import FILES, compare_runs, load_run
 from data import heldout_batches, load_data, make_targets
 from decoding import generate
@@ -132,6 +132,8 @@ class Args:
             raise UsageError(f"--timeout {self.timeout}: above 0 seconds")
         if not 0 <= self.shots <= 3:
             raise UsageError(f"--shots {self.shots}: 0 to 3")
+        if not self.suites:
+            raise UsageError("--suites: name one or more")
         if min(self.k, default=0) < 1:
             raise UsageError(f"--k {' '.join(map(str, self.k))}: one or more numbers of at least 1")
         programs = [suite for suite in dict.fromkeys(self.suites) if suite in PROGRAMS]
@@ -144,6 +146,8 @@ class Args:
                 raise UsageError(f"--{flag} {value}: name one of {', '.join(PROGRAMS)} in --suites, not {len(programs)}")
         if self.solutions and len(set(self.suites)) > 1:
             raise UsageError(f"--solutions {self.solutions}: scores programs alone; --suites {programs[0]}")
+        if self.solutions and self.limit:
+            raise UsageError(f"--limit {self.limit}: only for sampled programs, and --solutions gives its own")
         if len(self.compare) == 1:
             raise UsageError(f"--compare {self.compare[0]}: name two runs or more")
 
@@ -156,10 +160,7 @@ def token_figures(model, x_BT, targets_KBT):
     """
     hidden, out = model.hidden(x_BT, targets_KBT.shape[0]).flatten(0, -2), []
     for states, target in zip(hidden.split(model.chunk), targets_KBT.flatten().split(model.chunk)):
-        logits = F.linear(states, model.causal_lm.lm_head.weight).float()
-        if model.softcap is not None:
-            logits = torch.tanh(logits / model.softcap) * model.softcap
-        logp = logits.log_softmax(-1)
+        logp = TokenLosses.logits(states, model.causal_lm.lm_head.weight, model.softcap).log_softmax(-1)
         chosen, (top, most_likely) = logp.gather(-1, target.clamp(min=0)[:, None]), logp.max(-1)
         figures = [-chosen[:, 0], most_likely == target, (logp > chosen).sum(-1) < 5, top.exp()]
         out.append(torch.stack([f.float() for f in figures]).masked_fill(target == IGNORE, math.nan))
@@ -199,7 +200,7 @@ def character_classes(text):
 
 def token_classes(ids_N, tokenizer):
     """Class of every token of one text by its first character that is no space; -1 for special tokens and unless it is Python."""
-    ids_N, none = np.asarray(ids_N), np.full(len(ids_N), -1)
+    ids_N, none, spans = np.asarray(ids_N), np.full(len(ids_N), -1), []
     plain = ~np.isin(ids_N, tokenizer.all_special_ids)
     if isinstance(tokenizer, transformers.ByT5Tokenizer):
         text = bytes((ids_N[plain] - tokenizer.offset).tolist()).decode("utf-8", "replace")
@@ -208,7 +209,8 @@ def token_classes(ids_N, tokenizer):
     elif tokenizer.is_fast:
         text = tokenizer.decode(ids_N[plain], clean_up_tokenization_spaces=False)
         again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        spans = again["offset_mapping"] if again["input_ids"] == ids_N[plain].tolist() else []
+        if again["input_ids"] == ids_N[plain].tolist():
+            spans = again["offset_mapping"]
     if len(spans) != plain.sum() or (classes := character_classes(text)) is None:
         return none
     none[plain] = [classes[next((c for c in range(a, b) if not text[c].isspace()), a)] if b > a else -1 for a, b in spans]
@@ -221,6 +223,9 @@ def heldout_suite(model, tokenizer, data, args, ranks):
     with torch.inference_mode():
         for batch in heldout_batches(data, args.batch_size, num_heads, ranks):
             figures.append(token_figures(model, batch.x_BT, batch.targets_KBT).cpu().numpy())
+            wrong_K = (~np.isfinite(figures[-1][0]) & (batch.targets_KBT.cpu().numpy() != IGNORE)).any((1, 2))
+            if wrong_K.any():
+                raise UsageError(f"--suites heldout: the loss of head {1 + wrong_K.argmax()} is not finite; nothing to report")
     figures = np.concatenate(figures, 2)[:, :, : len(data.heldout)]  # [4, K, rows, T]
     columns = data.heldout[:]
     document, length = columns["document"], figures.shape[-1]
@@ -273,14 +278,20 @@ def beginnings(data, count):
     return [prompts[i] for i in np.unique(np.linspace(0, len(prompts) - 1, count).astype(int))] if prompts else []
 
 
-def speed_suite(model, data, args, ranks):
-    """Metrics of the `speed` suite: 1..H heads at batch 1 and at `--speed-prompts`, taking turns; medians over rounds."""
-    num_heads, prompts = len(model.heads.layers), beginnings(data, args.speed_prompts)
+def speed_prompts(model, data, args):
+    """The prompts of the `speed` suite; UsageError if there are none or the model has no room to go on from them."""
+    prompts, num_heads = beginnings(data, args.speed_prompts), len(model.heads.layers)
     if not prompts:
         raise UsageError("--suites speed: no held-out row has two tokens or more to begin with")
-    longest = getattr(model.causal_lm.config, "max_position_embeddings", None) or math.inf
+    longest = max_positions(model.causal_lm.config)
     if (needed := max(map(len, prompts)) + args.speed_tokens + num_heads) > longest:
         raise UsageError(f"--speed-tokens {args.speed_tokens}: prompts, text and drafts take {needed} of {longest} positions")
+    return prompts
+
+
+def speed_suite(model, prompts, args, ranks):
+    """Metrics of the `speed` suite: 1..H heads at batch 1 and at `--speed-prompts`, taking turns; medians over rounds."""
+    num_heads = len(model.heads.layers)
     settings = [(k, size) for size in sorted({1, len(prompts)}) for k in range(1, num_heads + 1)]
     seconds, texts, done = {s: [] for s in settings}, {}, {}
     for number in range(args.rounds + 1):  # the first round warms up and is not counted
@@ -315,7 +326,7 @@ def speed_suite(model, data, args, ranks):
 
 # ------------------------------------------------------------------------------------------------------ what is evaluated
 def newest_run(say):
-    """The folder in runs/ whose model/ is newest; says which newer runs are unfinished."""
+    """The finished run in runs/ that was started last; says which later ones are unfinished."""
     runs = sorted(Path("runs").glob("*/args.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     if not runs:
         raise UsageError("--run-dir: no run in runs/ yet; python baseline_mtp.py makes one, or name a checkpoint by --model")
@@ -328,7 +339,7 @@ def newest_run(say):
 
 
 def unfinished(run_dir):
-    record = json.loads((run_dir / "args.json").read_text())
+    record = report.read_json(run_dir / "args.json", f"--run-dir {run_dir}")
     lines = (run_dir / "metrics.jsonl").read_text().splitlines() if (run_dir / "metrics.jsonl").exists() else []
     steps = f"{max(0, len(lines))} of {record['args']['max_steps']} updates" if lines else "no update"
     return f"--run-dir {run_dir}: not finished ({steps} recorded, no model/); `python {record['command']}` goes on with it"
@@ -337,31 +348,39 @@ def unfinished(run_dir):
 def load_subject(args, ranks):
     """Model, tokenizer, `args.json` of the run (for --model empty), and the folder of the run or None."""
     run_dir, record = None, {}
+    if args.model and (Path(args.model) / "args.json").exists():  # its own data, seed and held-out text are in there
+        raise UsageError(f"--model {args.model}: a run of this project; use --run-dir {args.model}")
     if not args.model:
         run_dir = Path(args.run_dir) if args.run_dir else newest_run(ranks.say)
         if not (run_dir / "args.json").exists():
             raise UsageError(f"--run-dir {run_dir}: no run of this project (no args.json); a plain checkpoint goes to --model")
         if not (run_dir / "model").is_dir():
             raise UsageError(unfinished(run_dir))
-        record = json.loads((run_dir / "args.json").read_text())
+        record = report.read_json(run_dir / "args.json", f"--run-dir {run_dir}")
     name = args.model or str(run_dir)
     model, tokenizer = load_mtp(name), load_tokenizer(model_dir(name))
     check_vocabulary(name, model, tokenizer)
     return model.to(ranks.device, torch.bfloat16 if args.dtype == "bf16" else torch.float32).eval(), tokenizer, record, run_dir
 
 
-def load_heldout(args, record, tokenizer, ranks):
+def load_heldout(args, record, model, tokenizer, ranks):
     """The data set whose held-out part is measured, and its name: the run's own, unless --data names another."""
     own = record.get("args", {})
     name, seq_len = args.data or own.get("data", "stdlib"), args.seq_len or own.get("seq_len", 256)
+    longest = max_positions(model.causal_lm.config)
+    if seq_len > longest:
+        raise UsageError(f"--seq-len {seq_len}: the model has positions for {longest} tokens at most")
     outcomes = own.get("reward_model", ""), own.get("condition_on_outcome", False)
     data = load_data(name, tokenizer, seq_len, own.get("seed", args.seed), own.get("noise_frac", 0.0), ranks, *outcomes)
-    there = record.get("heldout_fingerprint", data.heldout_fingerprint)
-    if name == own.get("data") and seq_len == own["seq_len"] and there != data.heldout_fingerprint:
-        raise UsageError(
-            f"--data {name}: not the held-out text of the run ({there} there, {data.heldout_fingerprint} here: another Python or "
-            "changed files), and what is held out here may have been trained on; name other text by --data"
-        )
+    if name == own.get("data"):
+        here, there = data.heldout_fingerprint, record.get("heldout_fingerprint")
+        if seq_len != own["seq_len"]:  # cut into other rows: then all documents must be those of the run
+            here, there = data.fingerprint, record.get("data_fingerprint")
+        if here != there:
+            raise UsageError(
+                f"--data {name}: not the held-out text of the run ({there} there, {here} here: another Python or changed files), "
+                "and what is held out here may have been trained on; name other text by --data"
+            )
     return data, name
 
 
@@ -377,25 +396,29 @@ def weight_samples(model, tokenizer, run_dir, ranks):
         of_token = [[None] * k + [None if math.isnan(v) else v for v in loss[:-k]] for k, loss in enumerate(loss_KT, start=1)]
         if isinstance(tokenizer, transformers.ByT5Tokenizer):
             data = [bytes([i - tokenizer.offset]) if i >= tokenizer.offset else b"" for i in row["ids"]]
-            tokens = [byte.decode("utf-8", "replace") for byte in data]
+            tokens = [byte.decode("utf-8", "surrogateescape") for byte in data]
         else:
             tokens = [tokenizer.decode([i], skip_special_tokens=True) for i in row["ids"]]
         samples.append({"tokens": tokens, "weight": row["weight"], "loss": of_token})
     return samples
 
 
-# ------------------------------------------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------------------------------------------------------- results
+def digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
 def fingerprint_of(path):
     """Of a file, or of the files in a folder: names, sizes, and 64 blocks of each."""
-    path, digest = Path(path), hashlib.sha256()
+    path, found = Path(path), hashlib.sha256()
     for file in [path] if path.is_file() else sorted(f for f in path.glob("*") if f.is_file()):
         size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
+        found.update(f"{file.name} {size} ".encode())
         with open(file, "rb") as f:
             for start in range(0, size, max(65536, size // 64)):
                 f.seek(start)
-                digest.update(f.read(65536))
-    return digest.hexdigest()[:16]
+                found.update(f.read(65536))
+    return found.hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------------------------- main
@@ -405,13 +428,11 @@ class Results:
     def __init__(self, out, name, fingerprint):
         self.out, self.values = out, {}
         if (out / FILES[0]).exists():
-            self.values = json.loads((out / FILES[0]).read_text())
+            self.values = report.read_json(out / FILES[0], f"--out {out}")
             if self.values.get("fingerprint") != fingerprint:
-                raise UsageError(f"--out {out}: holds the results of {self.values.get('subject')}; name another folder")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--out {out}: cannot be written ({error.strerror})") from None
+                held = self.values.get("subject")
+                raise UsageError(f"--out {out}: holds the results of other weights or solutions ({held}); name another folder")
+        report.make_folder(out)
         self.values |= dict(subject=name, fingerprint=fingerprint, **commit(), versions=versions())
 
     def add(self, suite, metrics, args, began, **settings):
@@ -423,18 +444,21 @@ class Results:
 
     def add_programs(self, suite, outcomes):
         file = self.out / FILES[2]
-        before = json.loads(file.read_text()) if file.exists() else {}
+        before = report.read_json(file, f"--out {self.out}") if file.exists() else {}
         write_whole(file, json.dumps(before | {suite: outcomes}))
 
 
 def score_solutions(suite, problems, sandbox, args, say):
     """Score the programs of --solutions; returns the `Results`."""
     jobs = [(task_id, job.id[1], job) for task_id, job in read_solutions(args.solutions, problems)]
-    began, fingerprint = time.time(), fingerprint_of(args.solutions)
+    began, fingerprint = time.time(), hashlib.sha256(Path(args.solutions).read_bytes()).hexdigest()[:16]
     results = Results(Path(args.out or f"eval/{Path(args.solutions).stem}"), args.solutions, fingerprint)
-    samples = Samples(results.out / f"{suite}-{fingerprint}.jsonl", dict(suite=suite, solutions=args.solutions))
+    told = digest([p.scoring() for p in problems])
+    made_by = dict(suite=suite, solutions=fingerprint, problems=told)
+    samples = Samples(results.out / f"{suite}-{digest(made_by)}.jsonl", made_by)
     metrics, outcomes = score_programs(suite, jobs, sandbox, args, samples, say)
-    results.add(suite, metrics, args, began, solutions=args.solutions, timeout=args.timeout, sandbox=args.sandbox)
+    how = dict(solutions=args.solutions, problems=told, timeout=args.timeout, sandbox=args.sandbox)
+    results.add(suite, metrics, args, began, **how)
     results.add_programs(suite, outcomes)
     if metrics[f"{suite}/problems"] < len(problems):
         say(f"{suite:<9} {metrics[f'{suite}/problems']} of {len(problems)} problems have a program in the file; only they count")
@@ -444,12 +468,12 @@ def score_solutions(suite, problems, sandbox, args, say):
 def program_suite(suite, problems, model, tokenizer, sandbox, args, results, say):
     """Sample and score programs; adds to `results`."""
     began, num_heads = time.time(), 1 if args.decode == "plain" else len(model.heads.layers)
-    told = hashlib.sha256(json.dumps([(p.task_id, p.prompt, p.tests, p.cases) for p in problems]).encode()).hexdigest()[:16]
     settings = dict(temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens)
-    made_by = settings | dict(problems=told, model=results.values["fingerprint"], seed=args.seed, dtype=args.dtype)
-    made_by["heads_in_decoding"] = num_heads
-    name = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
-    problems, samples = problems[: args.limit or None], Samples(results.out / f"{suite}-{name}.jsonl", made_by)
+    made_by = settings | dict(
+        problems=digest([p.scoring() for p in problems]), prompts=digest([(p.prompt, p.stops) for p in problems]),
+        model=results.values["fingerprint"], seed=args.seed, dtype=args.dtype, heads_in_decoding=num_heads,
+    )  # fmt: skip
+    problems, samples = problems[: args.limit or None], Samples(results.out / f"{suite}-{digest(made_by)}.jsonl", made_by)
     say(f"{suite:<9} {len(problems)} problems x {args.n} programs, {'plain' if num_heads == 1 else 'speculative'} decoding")
     decoding = sample_programs(suite, problems, model, tokenizer, num_heads, args, samples, say)
     jobs = [
@@ -470,22 +494,23 @@ def evaluate(args, problems, sandbox, ranks):
     parameters = sum(p.numel() for p in model.parameters())
     ranks.say(f"model     {name}, {parameters / 1e6:.2f} M parameters, {num_heads} head(s)")
     out = Path(args.out or (run_dir / "eval" if run_dir else f"eval/{Path(args.model).name}"))
-    results = Results(out, name, fingerprint_of(model_dir(name)) if Path(model_dir(name)).exists() else name)
     if {"heldout", "speed"} & set(args.suites):
-        data, data_name = load_heldout(args, record, tokenizer, ranks)
+        data, data_name = load_heldout(args, record, model, tokenizer, ranks)
         rows, length = data.heldout[:]["input_ids"].shape
         ranks.say(f"data      {data_name}, {rows:,} held-out rows of {length} tokens")
+        prompts = speed_prompts(model, data, args) if "speed" in args.suites else []
+    results = Results(out, name, fingerprint_of(model_dir(name)) if Path(model_dir(name)).exists() else name)
     for suite in dict.fromkeys(args.suites):
         began = time.time()
         if suite == "heldout":
             metrics, documents = heldout_suite(model, tokenizer, data, args, ranks)
             write_whole(out / FILES[1], json.dumps(documents))
             results.values["heldout_fingerprint"] = data.heldout_fingerprint
-            results.add(suite, metrics, args, began, data=data_name, dtype=args.dtype)
+            results.add(suite, metrics, args, began, data=data_name, seq_len=length, dtype=args.dtype)
         elif suite == "speed":
-            metrics = speed_suite(model, data, args, ranks)
+            metrics = speed_suite(model, prompts, args, ranks)
             machine = dict(device=ranks.device.type, threads=torch.get_num_threads(), rounds=args.rounds)
-            results.add(suite, metrics, args, began, data=data_name, dtype=args.dtype, **machine)
+            results.add(suite, metrics, args, began, data=data_name, seq_len=length, dtype=args.dtype, **machine)
         else:
             program_suite(suite, problems[suite], model, tokenizer, sandbox, args, results, ranks.say)
         ranks.say(f"{suite:<9} done in {time.time() - began:.1f} s")

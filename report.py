@@ -16,6 +16,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from common import UsageError, first_line
 from runs import write_whole
 
 RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito 2008
@@ -27,6 +28,22 @@ LABELS = dict(loss="loss (nats)", acc="accuracy", top5="accuracy of the five mos
 
 
 # ------------------------------------------------------------------------------------------------------------ keys and text
+def read_json(file, flag):
+    """What a JSON file holds; UsageError that begins with `flag` if it cannot be read."""
+    try:
+        return json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{flag}: {file} cannot be read ({first_line(error)}); remove or repair it") from None
+
+
+def make_folder(out):
+    """Make the folder of the results; UsageError if it cannot be."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be written ({error.strerror})") from None
+
+
 def read_history(run_dir):
     """The lines of a run's metrics.jsonl; none without a run."""
     file = Path(run_dir or "") / "metrics.jsonl"
@@ -286,7 +303,7 @@ def draw_speed(results, history):
     warning = "" if results.get("speed/identical", True) else "; TEXTS DIFFER FROM PLAIN GREEDY"
     one.set(xlabel="tokens per forward", ylabel="speed-up by the clock", xlim=(0.98, high))
     one.set(ylim=(min(ends) - 0.1 * high, high), title="Self-speculative greedy decoding; numbers: heads" + warning)
-    one.legend(frameon=False, loc="upper left")
+    one.legend(frameon=False, loc="best")
     return figure
 
 
@@ -297,19 +314,15 @@ CHARTS = dict(
 )  # fmt: skip
 
 
-def draw(out, results, history, pictures=None):
-    """Draw the charts whose figures are there into folder `out`; returns `[(title, path), ...]`.
-
-    pictures: names among `CHARTS` to draw; None: all, and charts of an earlier evaluation that are not drawn again go.
-    """
+def draw(out, results, history):
+    """Draw the charts whose figures are there into folder `out`, remove the others; returns `[(title, path), ...]`."""
     drawn = []
-    for name in CHARTS if pictures is None else pictures:
-        title, make = CHARTS[name]
+    for name, (title, make) in CHARTS.items():
         file = Path(out) / f"{name}.png"
         if (figure := make(results, history)) is not None:
             figure.savefig(file)
             drawn.append((title, file))
-        elif pictures is None:
+        else:
             file.unlink(missing_ok=True)
     return drawn
 

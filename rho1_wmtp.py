@@ -23,7 +23,7 @@ https://arxiv.org/abs/2404.19737):
     N        num_valid      valid targets of head 1 in the update, over all ranks and accumulation steps
 
 Deviations from the paper:
-  1. --mode weighted keeps every token; the paper's selection is --mode token_skip.
+  1. --mode weighted keeps every token, with graded weights; the paper's selection, token_skip, is the default.
   2. The score is head 1's: a next-token reference sees x[<t+k] and head k x[<=t] alone, so their losses differ by more than
      noise. --score-heads each gives head k its own excess over head k of a reference that has as many heads.
   3. Reference losses are computed once for a data set and kept in a file; --ref-online computes them in the step.
@@ -31,16 +31,14 @@ Deviations from the paper:
 Commands (the reference must have seen neither the held-out nor, where noise is the question, the training documents):
   laptop      python baseline_mtp.py --data stdlib:b --num-heads 1 --run-dir runs/reference
               python rho1_wmtp.py --data stdlib:a --noise-frac 0.3 --ref-model runs/reference
-  the paper   python rho1_wmtp.py --data stdlib:a --noise-frac 0.3 --ref-model runs/reference --mode token_skip
+  graded      python rho1_wmtp.py --data stdlib:a --noise-frac 0.3 --ref-model runs/reference --mode weighted
   one GPU     python rho1_wmtp.py --model Qwen/Qwen2.5-0.5B --ref-model my-finetuned-qwen --data my.jsonl --lr 1e-5 ...
   eight GPUs  torchrun --nproc-per-node 8 rho1_wmtp.py --model Qwen/Qwen2.5-7B --ref-model my-finetuned-qwen --lr 1e-5 ...
 Results: README.md
 """
 
-import hashlib
 import json
 import math
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,15 +46,13 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import transformers
 import tyro
-from safetensors import safe_open
 
 from common import IGNORE, UsageError, active_heads, build_model, clip_gradients, rank_share, run_script, save_model
-from common import HEADS_FILE, first_line, load_mtp, load_tokenizer
 from common import set_gradient_sync, setup_ranks, shard
 from checkpoints import Checkpoints
 from data import batch_sizes, heldout_batches, load_batch, load_data, micro_batches
+from reference import Reference
 from runs import MetricsFile, Progress, StopSignal, Tracker, command_line, end_run, evaluate_heldout, make_optimizer, open_run
 from runs import record_run, report, write_whole
 
@@ -135,7 +131,7 @@ class Args:
     """Largest weight of --mode weighted, before regularisation."""
     ref_model: str = ""
     """Reference: a run folder, its model/, or a Hugging Face causal LM, with the tokenizer of this run."""
-    mode: Literal["weighted", "token_skip"] = "weighted"
+    mode: Literal["weighted", "token_skip"] = "token_skip"
     """weighted: softmax of the scores. token_skip: the lowest scores are left out, the others weigh the same."""
     skip_ratio: float = 0.3
     """Share of the valid tokens that token_skip leaves out, from 0 to below 1."""
@@ -248,107 +244,6 @@ def rho1_metrics(told, args):
         on_noise, on_clean = weight_N[noise_N > 0].mean().item(), weight_N[noise_N == 0].mean().item()
         metrics |= {"weights/on_noise": on_noise, "weights/on_clean": on_clean, "rho1/noise_auc": noise_auc(score_N, noise_N)}
     return metrics
-
-
-class Reference:
-    """Losses of the reference model at every target: from a file that is made once, or (`--ref-online`) from the model.
-
-    The file lies beside the packed rows and is named after them, the reference's weights and the type of the products:
-    float32 `[rows, K, T]`, 0 where there is no target. Until it is whole it is called .part; of a whole block of rows the
-    last number, which no target has, is 1. Ranks take turns with blocks; after a kill, and for another run that needs the
-    same, whole blocks stay.
-
-    Raises:
-        UsageError: nothing there that can be read, or its losses would be of other tokens than the run's.
-    """
-
-    def __init__(self, args, model, tokenizer, data, ranks):
-        name, inside = f"--ref-model {args.ref_model}", Path(args.ref_model) / "model"
-        folder = inside if (inside / "config.json").exists() else Path(args.ref_model)
-        try:
-            config, other = transformers.AutoConfig.from_pretrained(str(folder)), load_tokenizer(str(folder))
-        except Exception as error:  # what a broken file raises has no common class
-            raise UsageError(f"{name}: no run folder or Hugging Face model that can be read ({first_line(error)})") from None
-        text, own = config.get_text_config(), model.causal_lm.lm_head.weight.shape[0]
-        if text.vocab_size != own:
-            raise UsageError(f"{name}: its vocabulary has {text.vocab_size} entries, this run's {own}; they must be the same")
-        sample = tokenizer.batch_decode(data.train[:8]["input_ids"], skip_special_tokens=True)
-        same = other.get_vocab() == tokenizer.get_vocab() and other.eos_token_id == tokenizer.eos_token_id
-        if not same or other(sample)["input_ids"] != tokenizer(sample)["input_ids"]:
-            raise UsageError(f"{name}: its tokenizer is not this run's (--model {args.model}), so its losses are of other tokens")
-        if (getattr(text, "max_position_embeddings", None) or math.inf) < args.seq_len:
-            raise UsageError(f"{name}: has positions for {text.max_position_embeddings} tokens, --seq-len is {args.seq_len}")
-        heads = folder / HEADS_FILE
-        held = int(safe_open(heads, "pt").metadata()["num_heads"]) if heads.exists() else 1
-        if args.score_heads == "each" and held != args.num_heads:
-            raise UsageError(f"--score-heads each: {name} has {held} head(s), --num-heads is {args.num_heads}")
-        files = sorted(f for f in folder.glob("*") if f.suffix in (".safetensors", ".bin") or f.name == "config.json")
-        if folder.is_dir() and len(files) < 2:
-            raise UsageError(f"{name}: {folder} holds no weights (.safetensors or .bin)")
-        digests = [hashlib.file_digest(open(f, "rb"), "sha256").hexdigest() for f in files] or [name, str(config._commit_hash)]
-        self.fingerprint = hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
-        self.name, self.folder, self.args, self.ranks, self.model, self.losses = name, str(folder), args, ranks, None, {}
-        self.num_heads = held if args.score_heads == "each" else 1
-        record = folder.parent / "args.json"
-        record = json.loads(record.read_text()) if folder.name == "model" and record.exists() else {}
-        if record.get("data_fingerprint") == data.fingerprint:
-            ranks.say("reference was trained on the very documents of this run")
-        if record.get("heldout_fingerprint", data.heldout_fingerprint) != data.heldout_fingerprint:
-            ranks.say("reference held out other text than this run does: it may have been trained on what is held out here")
-
-    def prepare(self, data):
-        """Map, after making what is missing, the losses of all training rows and of the held-out rows of `write_sample`."""
-        if self.args.ref_online:
-            return self.load()
-        for part, rows in (("train", data.train), ("heldout", data.heldout.select(range(min(3, len(data.heldout)))))):
-            self.losses[part] = self.stored(rows)
-        self.model = None
-
-    def load(self):
-        try:
-            self.model = self.model or load_mtp(self.folder).to(self.ranks.device).eval()
-        except UsageError as error:
-            raise UsageError(str(error).replace("--model", "--ref-model", 1)) from None
-
-    def __call__(self, batch, part="train"):
-        """Losses `[K, B, T]` of the reference's K heads (1 unless `--score-heads each`) at their targets, nats."""
-        if part in self.losses:
-            losses_BKT = self.losses[part][batch.rows_B, : len(batch.targets_KBT)]
-            return torch.from_numpy(losses_BKT).transpose(0, 1).to(batch.x_BT.device)
-        with torch.no_grad(), self.ranks.autocast():
-            return self.model(batch.x_BT, batch.targets_KBT[: self.num_heads])
-
-    def stored(self, rows):
-        """The file's losses of all `rows`, memory-mapped."""
-        source, made_of = Path(rows.cache_files[0]["filename"]), f"1 {self.fingerprint} {self.num_heads} {self.ranks.dtype}"
-        file = source.with_name(f"{source.stem}-{len(rows)}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.f32")
-        part, shape, size = file.with_suffix(".part"), (len(rows), self.num_heads, self.args.seq_len), 8192 // self.args.seq_len
-        blocks = np.array_split(np.arange(len(rows)), math.ceil(len(rows) / max(1, size)))
-        if not file.exists():
-            part.touch()
-            there = np.memmap(part, np.float32, "r+", shape=shape)  # grows to its size, of zeros
-            for number, block in enumerate(blocks[self.ranks.rank :: self.ranks.world_size]):
-                if number % 100 == 0:
-                    self.ranks.say(f"reference losses of {block[0]:,} of {len(rows):,} rows are in {part}")
-                if there[block[-1], -1, -1] != 1:
-                    self.load()
-                    losses_KBT = self(load_batch(rows, block, self.num_heads, self.ranks.device), "new")
-                    with open(part, "r+b") as f:
-                        f.seek(int(block[0]) * there[0].nbytes)
-                        f.write(losses_KBT.transpose(0, 1).float().cpu().numpy().tobytes())
-                        f.flush()
-                        os.fsync(f.fileno())  # the mark must not come before what it speaks of
-                        f.seek(-4, os.SEEK_CUR)
-                        f.write(np.float32(1).tobytes())
-        self.ranks.barrier()
-        with self.ranks.first() as alone:
-            if alone and not file.exists():
-                there = np.memmap(part, np.float32, "r", shape=shape)
-                assert all(there[block[-1], -1, -1] == 1 for block in blocks), f"{part} lacks blocks that some rank made"
-                part.replace(file)
-            if alone and file.stat().st_size != 4 * math.prod(shape):
-                raise UsageError(f"{self.name}: its losses in {file} are not those of these {len(rows)} rows; remove that file")
-        return np.memmap(file, np.float32, "r", shape=shape)
 
 
 @torch.no_grad()

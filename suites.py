@@ -6,12 +6,11 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import math
 import statistics
 import time
 import warnings
 
-from common import UsageError, first_line
+from common import UsageError, first_line, max_positions
 from data import encode, mbpp_record
 from decoding import generate
 from sandbox import Job
@@ -37,6 +36,10 @@ class Problem:
     names: tuple = ()
     cases: list = dataclasses.field(default_factory=list)
 
+    def scoring(self):
+        """All that the verdict on a text depends on; runs with the same are compared."""
+        return self.task_id, self.head, self.tests, self.given, self.names, self.cases
+
 
 def load_problems(suite, path=None, say=print, shots=3):
     """The problems of a suite, in the order of the file.
@@ -45,10 +48,11 @@ def load_problems(suite, path=None, say=print, shots=3):
     and CodeContests (its test split) from the hub.
     say: called with a line that says what was left out.
     shots: MBPP's prompt shows that many of tasks 2, 3 and 4 first, as the paper does; 0 asks as `--data mbpp` trains.
-    Raises UsageError: no such file, columns that the suite needs and it lacks (both named), tasks to show that it lacks.
+    Raises UsageError: no such file, columns that the suite needs and it lacks (both named), tasks to show that it lacks, a
+        task twice, no problem with tests.
     """
     if suite not in SUITES:
-        raise UsageError(f"--suite {suite}: {', '.join(SUITES)}")
+        raise UsageError(f"--suites {suite}: {', '.join(SUITES)}")
     make, columns = {
         "humaneval": (_humaneval, ("task_id", "prompt", "entry_point", "canonical_solution", "test")),
         "mbpp": (_mbpp, ("task_id", "text", "code", "test_list", "test_setup_code")),
@@ -68,10 +72,17 @@ def load_problems(suite, path=None, say=print, shots=3):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # escapes such as "\\d" in MBPP's solutions
             problems = make(records, where, shots)
-    except (TypeError, KeyError, AttributeError, SyntaxError) as error:
+            counts = collections.Counter(str(p.task_id) for p in problems)
+    except UsageError:
+        raise
+    except (TypeError, KeyError, AttributeError, ValueError, SyntaxError) as error:
         raise UsageError(f"{where}: not in the form of {suite} ({type(error).__name__}: {first_line(error)})") from error
     if len(problems) < len(records):
         say(f"problems  left out {len(records) - len(problems)} of {len(records)}: no tests, or they read and write files")
+    if twice := [task_id for task_id, count in counts.items() if count > 1]:
+        raise UsageError(f"{where}: task {twice[0]} is there {counts[twice[0]]} times; leave one")
+    if not problems:
+        raise UsageError(f"{where}: no problem that can be scored")
     return problems
 
 
@@ -97,7 +108,7 @@ def _records(suite, path):
     except Exception as error:  # what datasets raises has no common class
         if isinstance(error, UsageError):
             raise
-        what = f"--problems {path}" if path else f"--suite {suite}"
+        what = f"--problems {path}" if path else f"--suites {suite}"
         raise UsageError(
             f"{what}: cannot be read ({type(error).__name__}: {first_line(error)}); give a file by --problems"
         ) from error
@@ -217,12 +228,15 @@ class Samples:
 
     def __init__(self, file, settings):
         self.texts, self.verdicts, lines = {}, {}, []
+        self.new_tokens = self.row_steps = 0  # of decoding all that is in the file
         if file.exists():
             for line in file.read_bytes().splitlines(keepends=True):
                 if not line.endswith(b"\n"):  # cut short when it was interrupted
                     break
                 lines.append(line)
                 record = json.loads(line)
+                self.new_tokens += record.get("new_tokens", 0)
+                self.row_steps += record.get("row_steps", 0)
                 if "text" in record:
                     self.texts[record["task_id"], record["sample"]] = record["text"]
                 elif "passed" in record:
@@ -241,6 +255,10 @@ class Samples:
         self.texts[task_id, sample] = text
         self.write(task_id=task_id, sample=sample, text=text)
 
+    def add_decoding(self, new_tokens, row_steps):
+        self.new_tokens, self.row_steps = self.new_tokens + new_tokens, self.row_steps + row_steps
+        self.write(new_tokens=new_tokens, row_steps=row_steps)
+
     def add_verdict(self, task_id, sample, limits, verdict):
         self.verdicts[task_id, sample, limits] = verdict.passed
         self.write(task_id=task_id, sample=sample, limits=limits, **vars(verdict))
@@ -248,7 +266,7 @@ class Samples:
 
 def sample_programs(suite, problems, model, tokenizer, num_heads, args, samples, say):
     """Write `--n` completions of every problem into `samples`, but those that are there."""
-    longest = getattr(model.causal_lm.config, "max_position_embeddings", None) or math.inf
+    longest = max_positions(model.causal_lm.config)
     encoded, todo, too_long = encode(tokenizer, [p.prompt for p in problems], True, None), [], 0
     for problem, (ids, _) in zip(problems, encoded):
         ids = ids[: len(ids) - (ids[-1] == tokenizer.eos_token_id)].tolist()  # some templates end a prompt
@@ -266,7 +284,7 @@ def sample_programs(suite, problems, model, tokenizer, num_heads, args, samples,
     kept = args.n * len(problems) - len(todo)
     if kept and not too_long:
         say(f"{suite:<9} {kept} of {kept + len(todo)} programs are there from before")
-    began, new_tokens, steps, told = time.time(), 0, 0, 0
+    began, told = time.time(), 0
     for first in range(0, len(todo), args.batch_size):
         part = todo[first : first + args.batch_size]
         stops = part[0][0].stops
@@ -282,11 +300,12 @@ def sample_programs(suite, problems, model, tokenizer, num_heads, args, samples,
         for (problem, number, _), tokens in zip(part, done.tokens):
             text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             samples.add_text(problem.task_id, number, text[: min((text.find(s) for s in stops if s in text), default=len(text))])
-        new_tokens, steps, finished_now = new_tokens + done.new_tokens, steps + done.row_steps, first + len(part)
+        samples.add_decoding(done.new_tokens, done.row_steps)
+        finished_now = first + len(part)
         if finished_now == len(todo) or time.time() - told > 20:
             told, left = time.time(), (time.time() - began) / finished_now * (len(todo) - finished_now)
             say(f"{suite:<9} {finished_now} of {len(todo)} programs written, {left:.0f} s left")
-    return {f"{suite}/tokens_per_forward": new_tokens / steps} if steps else {}
+    return {f"{suite}/tokens_per_forward": samples.new_tokens / samples.row_steps} if samples.row_steps else {}
 
 
 def score_programs(suite, jobs, sandbox, args, samples, say):

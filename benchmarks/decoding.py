@@ -123,7 +123,7 @@ def measure(name, args):
     tokenizer = common.load_tokenizer(folder)
     record = Path(name) / "args.json"
     record = json.loads(record.read_text()) if record.exists() else {}
-    data, _ = evaluate.load_heldout(evaluate.Args(), record, tokenizer, common.Ranks())
+    data, _ = evaluate.load_heldout(evaluate.Args(), record, model, tokenizer, common.Ranks())
     prompts = [p for p in evaluate.beginnings(data, args.prompts + 1) if len(p) == 64][: args.prompts]  # theirs needs one length
     H, rows = len(model.heads.layers), []
     for size in args.batches:

@@ -1,6 +1,6 @@
 """Do excess-loss weights find noise, and does it help? Runs, table, plot and JSON of the experiment in README.
 
-    python benchmarks/rho1_proof.py --out OUT                       about 20 minutes on 2 CPU cores; stopped, it goes on
+    python benchmarks/rho1_proof.py --out OUT                       500 s for 22 of its 39 runs on 2 CPU cores; goes on if stopped
     python benchmarks/rho1_proof.py --out OUT --device cuda --model tiny --seeds 5 --steps 4000 --ref-steps 8000 --batch-size 32
 
 A reference (1 head) is trained on clean stdlib:b. Then, with 30 % of the training lines of stdlib:a replaced by random

@@ -43,9 +43,9 @@ def main():
     rho1 = ["rho1_wmtp.py", "--noise-frac", 0.3, "--ref-model", folder / "reference"]
     variants = {
         "baseline": ["baseline_mtp.py", "--noise-frac", 0.3],
-        "rho1, weighted": rho1,
+        "rho1, weighted": [*rho1, "--mode", "weighted"],
         "rho1, token_skip": [*rho1, "--mode", "token_skip"],
-        "rho1, weighted, --ref-online": [*rho1, "--ref-online"],
+        "rho1, weighted, --ref-online": [*rho1, "--mode", "weighted", "--ref-online"],
     }
 
     def run(script, *words):

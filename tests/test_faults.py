@@ -379,6 +379,7 @@ def test_a_disk_full_from_the_start_leaves_a_folder_that_starts_again(start, str
 
 
 # ---------------------------------------------------------------------------------------------------------------- snapshot
+@pytest.mark.slow
 def test_a_checkpoint_is_a_snapshot_while_training_goes_on(start, material, tmp_path):
     """A state so large that several updates pass while it is written; what is read from it ends as the straight run."""
     (material / "wide.json").write_text(json.dumps(CONFIG | dict(hidden_size=256, intermediate_size=2048)))
@@ -471,6 +472,7 @@ def test_the_mark_of_another_machine_counts_while_it_is_touched(monkeypatch, tmp
 
 
 # --------------------------------------------------------------------------------------------------------------- two ranks
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_ranks_stops_both(start, straight_two, tmp_path):
     job = start(tmp_path / "run", **TWO)
     job.until(lambda: job.updates() >= 9)
@@ -491,6 +493,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both(start, straight_two, tmp_path):
     np.testing.assert_allclose(losses_of(one), losses_of(straight_two), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_signal_to_torchrun_and_a_killed_rank_end_as_the_straight_run(start, straight_two, tmp_path):
     job = start(tmp_path / "run", **TWO)
     job.until(lambda: job.updates() >= 9)

@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -215,6 +216,16 @@ def run_rank(folder, name, rank, port):
     torch.save(result, folder / f"{name}.{rank}")
 
 
+def hold_store(port):
+    """Serve the store that the ranks of a job meet at until killed.
+
+    In a process of its own: where the forking process served it, a rank could inherit a lock that the server's thread held.
+    """
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    port.send(store.port)
+    signal.pause()
+
+
 def run_jobs(folder, names):
     """Run the jobs one after the other; `exit.json` holds the exit codes of their ranks, None for one that hung."""
     import datasets  # noqa: F401  once, not in every rank, as what a model needs
@@ -222,16 +233,18 @@ def run_jobs(folder, names):
     common.build_model(str(folder / "train.json"), HEADS)
     context, codes = multiprocessing.get_context("fork"), {}
     for name in names:
-        size = JOBS[name][0]
-        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        processes = [context.Process(target=run_rank, args=(folder, name, rank, store.port)) for rank in range(size)]
+        received, port = context.Pipe(duplex=False)
+        store = context.Process(target=hold_store, args=(port,))
+        store.start()
+        at = received.recv()
+        processes = [context.Process(target=run_rank, args=(folder, name, rank, at)) for rank in range(JOBS[name][0])]
         for process in processes:
             process.start()
-        deadline = time.time() + 120
+        deadline = time.time() + 600
         for process in processes:
             process.join(max(0, deadline - time.time()))
         codes[name] = [process.exitcode for process in processes]
-        for process in processes:
+        for process in [*processes, store]:
             process.kill()
             process.join()
     (folder / "exit.json").write_text(json.dumps(codes))

@@ -177,8 +177,6 @@ def test_only_what_was_measured_is_drawn(tmp_path):
     left = {k: v for k, v in results.items() if not k.startswith("speed/")}  # evaluated again without speed: no old picture
     assert not {"acceptance.png", "speed.png"} & {f.name for _, f in report.draw(tmp_path, left, history())}
     assert {f.name for f in tmp_path.iterdir()} == names - {"acceptance.png", "speed.png"}
-    only = report.draw(tmp_path, results, history(), pictures=["speed"])  # what is not asked for stays
-    assert [f.name for _, f in only] == ["speed.png"] and (tmp_path / "training.png").exists()
     assert [f.name for _, f in report.draw(tmp_path, some_results(heads=1), [])] == ["heads.png", "positions.png", "classes.png"]
 
 
@@ -363,6 +361,9 @@ def test_what_does_not_compare_gets_no_difference_but_a_line(tmp_path):
     printed = compare.compare_runs(tmp_path, [a_run("one", **speed), a_run("two", **{"speed/speedup_heads_2_batch_1": 1.5})])
     assert of_json(tmp_path)["differences"]["B"]["speed/speedup_heads_2_batch_1"] == [0.25, None, None]
     assert "speed: no intervals" in printed
+    for more in ({"suites": {"speed": {"data": "mbpp"}}}, {"speed/new_tokens": 16}):
+        printed = compare.compare_runs(tmp_path, [a_run("one", **speed), a_run("two", **speed, **more)])
+        assert "not timed alike" in printed and "speed/speedup_heads_2_batch_1" not in of_json(tmp_path)["differences"]["B"]
     for runs in ([first], [first] * 27):
         with pytest.raises(UsageError, match="--compare"):
             compare.compare_runs(tmp_path, runs)
@@ -384,6 +385,9 @@ def test_pass_at_k_is_compared_problem_by_problem(tmp_path):
     np.testing.assert_allclose(changes["humaneval/pass@1"][1:], np.percentile(every, [2.5, 97.5]), atol=0.0501)
     assert changes["humaneval/pass@2"][0] == pytest.approx((1 / 2 + 0 + 1 / 6 + 0 + 0) / 5)
     printed = compare.compare_runs(tmp_path, [first, run("two", [1, 1, 4, 3])])
+    assert "humaneval: no differences, since the problems are not the same" in printed
+    scored = ({"suites": {"humaneval": {"problems": digest}}} for digest in "ab")  # other tests under the same names
+    printed = compare.compare_runs(tmp_path, [run("one", [1, 0], **next(scored)), run("two", [1, 1], **next(scored))])
     assert "humaneval: no differences, since the problems are not the same" in printed
     printed = compare.compare_runs(
         tmp_path, [run("one", [1, 0], **{"humaneval/temperature": 0.2}), run("two", [1, 1], **{"humaneval/temperature": 0.8})]

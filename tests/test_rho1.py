@@ -25,15 +25,12 @@ import tyro
 import baseline_mtp
 import common
 import data
+import reference as reference_file
 import rho1_wmtp
 from common import IGNORE
+from test_run import CONFIG
 
 ROOT = Path(__file__).parents[1]
-CONFIG = dict(
-    model_type="llama", vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False, pad_token_id=0, eos_token_id=1,
-    bos_token_id=None, initializer_range=0.1,
-)  # fmt: skip
 LENGTH = 32
 
 
@@ -67,7 +64,7 @@ def metrics_of(run_dir, without=("perf/",)):
 
 
 def args_of(**changes):
-    return rho1_wmtp.Args(ref_model="none", **changes)
+    return rho1_wmtp.Args(**(dict(ref_model="none", mode="weighted") | changes))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +94,7 @@ def material(tmp_path_factory):
 
 
 def rho1(material, folder, **changes):
-    return run(rho1_wmtp, flags(material, folder, **{"ref_model": material / "reference"} | changes))
+    return run(rho1_wmtp, flags(material, folder, **{"ref_model": material / "reference", "mode": "weighted"} | changes))
 
 
 def rows_of(material, name="text", noise_frac=0.3):
@@ -327,7 +324,10 @@ def straight(material):
 
 
 def test_killed_and_resumed_equals_straight(material, tmp_path):
-    """Killed within the updates; the run that goes on has the figures, weights and sample of the straight one, bit for bit."""
+    """Killed within the updates; the run that goes on has the figures, weights and sample of the straight one, bit for bit.
+
+    Both start at once, without a file of reference losses, and so make it together.
+    """
 
     def start(name):
         command = [
@@ -337,6 +337,8 @@ def test_killed_and_resumed_equals_straight(material, tmp_path):
         ]
         return subprocess.Popen(command, env=environment(material), stdout=subprocess.PIPE, text=True)
 
+    for file in (material / "cache/wmtp").glob("*.f32"):
+        file.unlink()
     straight, killed = start("straight"), start("killed")
     metrics, deadline = tmp_path / "killed/metrics.jsonl", time.time() + 120
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 5):  # the save of step 4 waits for that of step 2
@@ -350,8 +352,11 @@ def test_killed_and_resumed_equals_straight(material, tmp_path):
     straight.communicate(timeout=120)
     assert straight.returncode == 0
     assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "straight")
-    for file in ("weights.json", "model/model.safetensors", "model/mtp_heads.safetensors"):
-        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
+    a, b = (tmp_path / name for name in ("killed", "straight"))
+    assert (a / "weights.json").read_bytes() == (b / "weights.json").read_bytes()
+    for file in ("model.safetensors", common.HEADS_FILE):
+        one, other = (common.load_file(run_dir / "model" / file) for run_dir in (a, b))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def environment(material):
@@ -516,8 +521,8 @@ def test_the_file_is_whole_or_not_there_and_goes_on_after_a_kill(material, monke
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", material / "killed cache")
     folder, calls = material / "killed cache/wmtp", []
-    make, size = rho1_wmtp.load_batch, 8192 // LENGTH
-    monkeypatch.setattr(rho1_wmtp.math, "ceil", lambda x, ceil=math.ceil: ceil(x * size / 32))  # blocks of 32 rows
+    make, size = reference_file.load_batch, 8192 // LENGTH
+    monkeypatch.setattr(reference_file.math, "ceil", lambda x, ceil=math.ceil: ceil(x * size / 32))  # blocks of 32 rows
 
     def stops(rows, numbers, *rest):
         calls.append(list(numbers))
@@ -525,7 +530,7 @@ def test_the_file_is_whole_or_not_there_and_goes_on_after_a_kill(material, monke
             raise KeyboardInterrupt
         return make(rows, numbers, *rest)
 
-    monkeypatch.setattr(rho1_wmtp, "load_batch", stops)
+    monkeypatch.setattr(reference_file, "load_batch", stops)
     reference, rows = reference_of(material)
     with pytest.raises(KeyboardInterrupt):
         reference.prepare(rows)
@@ -706,7 +711,7 @@ def test_the_arguments_end_with_the_algorithm():
     flags = "lambda_ temperature epsilon max_weight ref_model mode skip_ratio score score_heads min_excess control ref_online"
     assert own[len(shared) :] == flags.split()
     parsed = [tyro.cli(rho1_wmtp.Args, args=["--ref-model", "x", *words]).lambda_
-              for words in ([], ["--mode", "token_skip"], ["--mode", "token_skip", "--lambda", "0.2"])]  # fmt: skip
+              for words in (["--mode", "weighted"], [], ["--lambda", "0.2"])]  # fmt: skip
     assert parsed == [0.3, 0, 0.2]  # what token_skip leaves out, it leaves out entirely
 
 

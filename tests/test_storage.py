@@ -203,6 +203,7 @@ def test_a_run_on_s3_equals_one_on_disk(straight, on_s3):
     assert there.keys() == {f"step_{step:06d}/{file}" for step in (8, 10) for file in files}
 
 
+@pytest.mark.slow
 def test_stopped_and_started_again_equals_straight(material, server, straight, start, tmp_path):
     words = flags(material, tmp_path / "run", checkpoint_dir="s3://bucket/stopped")
     server.hold("PUT /bucket/stopped/run/step_000004/meta.json")
@@ -308,7 +309,8 @@ def mortal(env, server, monkeypatch, tmp_path):
     use(env, server)
 
 
-@pytest.mark.parametrize("comes_back", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("comes_back", [True, False])
 def test_a_server_that_stalls_and_then_dies_during_a_save(
     material, mortal, straight, start, monkeypatch, tmp_path, capsys, comes_back
 ):
@@ -391,6 +393,7 @@ def test_other_urls_save_and_resume(material, straight, monkeypatch, tmp_path, c
     assert_same_run(tmp_path / "run", straight[0])
 
 
+@pytest.mark.slow
 def test_two_ranks_save_and_resume(material, server, tmp_path):
     words = flags(material, tmp_path / "run", checkpoint_dir="s3://bucket/two")
     first = run_apart(words, TORCHRUN)
