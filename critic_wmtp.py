@@ -22,8 +22,8 @@ weight on the tokens after which V has risen (advantage-weighted regression, htt
     lambda   --lambda       1 is baseline_mtp.py to the last bit, 0 the bare algorithm
     N        num_valid      valid targets of head 1 in the update, over all ranks and accumulation steps
 
-Deviations: the data are given, not sampled from the policy; advantages are whitened, weights clipped. Module, file and judgement
-of V are in value.py, records with outcomes in outcomes.py.
+Deviations: the data are given, not sampled from the policy; advantages are whitened, weights clipped. V, a running sum
+of evidence, its file and judgement are in value.py, records with outcomes in outcomes.py.
 
 Commands:
   laptop      python critic_wmtp.py
@@ -166,6 +166,8 @@ class Args:
                 raise UsageError(f"--{flag} {getattr(self, name)}: from {least:g} to {most:g}")
         if self.condition_on_outcome and (self.lambda_ < 1 or self.train_on == "correct"):
             raise UsageError("--condition-on-outcome: it would tell V the outcome, so use no weights: --lambda 1 --train-on all")
+        if self.value == "shared" and self.value_coef == 0 and self.lambda_ < 1:
+            raise UsageError("--value-coef 0: --value shared learns by it alone; above 0")
 
 
 # ------------------------------------------------------------------------------------------------------------- algorithm
@@ -200,13 +202,11 @@ def whiten(advantage_N, moments, decay=0.99):
 def weights_of_scores(score_N, row_N, key, args):
     """Weights u of the valid targets of a micro-step, mean 1: a softmax, clipped; or a control."""
     u_N = (torch.softmax(score_N / args.temperature, 0) * len(score_N)).clamp(args.epsilon, args.max_weight)
-    u_N = u_N / u_N.mean()
     if args.control != "none" and len(u_N) > 0:
         random, N = np.random.default_rng(key), len(u_N)
         drawn = np.lexsort((random.random(N), row_N.cpu())) if args.control == "shuffle" else random.integers(0, N, N)
         u_N = u_N[torch.from_numpy(drawn).to(u_N.device)]
-        u_N = u_N / u_N.mean()
-    return u_N
+    return u_N / u_N.mean()
 
 
 @torch.no_grad()
@@ -215,10 +215,9 @@ def token_weights(logit_BT, batch, moments, key, args, ranks):
     advantage_BT = advantages(logit_BT.sigmoid(), batch.reward_B, batch.completion_BT, args.gamma, args.gae_lambda)
     valid_BT = F.pad(batch.targets_KBT[0, :, :-1] != IGNORE, (1, 0))
     advantage_RBT, valid_RBT = ranks.gather(torch.stack([advantage_BT, valid_BT.float()])).unbind(1)
-    valid_RBT = valid_RBT > 0
+    valid_RBT, weight_RBT = valid_RBT > 0, torch.ones_like(advantage_RBT)
     row_N = valid_RBT.flatten(0, 1).nonzero()[:, 0]
     u_N = weights_of_scores(whiten(advantage_RBT[valid_RBT], moments), row_N, key, args)
-    weight_RBT = torch.ones_like(advantage_RBT)
     weight_RBT[valid_RBT] = 1 + (1 - args.lambda_) * (u_N - 1)  # lambda + (1 - lambda) u, and exactly 1 where u is
     return weight_RBT[ranks.rank]
 
@@ -400,13 +399,13 @@ def main(args):
             weights = weight_KBT[0] * (batch.targets_KBT[0] != IGNORE)
             stop = objective.new_full((), bool(signals.name))  # goes round with the figures: all ranks stop at the same update
             figures = [stop, objective, weights.sum(), weights.square().sum(), weights.max(), *loss_KBT.sum((1, 2))]
-            sums.append(torch.stack(figures).detach())
+            sums.append(torch.stack([*figures, auxiliary]).detach())  # ALGO LOGIC
         grad_norm = clip_gradients(model, args.grad_clip)
         clip_gradients(critic.value, args.grad_clip)  # ALGO LOGIC: apart, so that V does not scale the policy's gradient
 
         # Figures of the update, exact over all ranks and micro-steps; what is not finite never reaches the weights
         gathered = ranks.gather(torch.stack(sums)).cpu().double()  # [ranks, accumulation, 5 + K]
-        stopping, objective, weight, weight_squared, _, *loss_K = gathered.sum((0, 1)).tolist()
+        stopping, objective, weight, weight_squared, _, *loss_K, auxiliary = gathered.sum((0, 1)).tolist()  # ALGO LOGIC
         loss_K = [loss / max(1, count) for loss, count in zip(loss_K, count_K.tolist())]
         if not all(map(math.isfinite, (*loss_K, objective, grad_norm))):
             broken = [f"loss of head {k}" for k, loss in enumerate(loss_K, start=1) if not math.isfinite(loss)] or ["gradient"]
@@ -422,6 +421,7 @@ def main(args):
         metrics = {"train/loss": objective} | {f"train/loss_head_{k}": loss for k, loss in enumerate(loss_K, start=1)}
         metrics |= {"train/grad_norm": grad_norm, "train/lr": optimizer.param_groups[0]["lr"]}
         metrics |= {"weights/mean": weight / valid, "weights/max": gathered[..., 4].max().item(), "weights/ess_frac": ess_frac}
+        metrics |= {"value/loss": auxiliary / value_coef} if value_coef > 0 else {}  # ALGO LOGIC
         metrics |= {"perf/tokens_per_s": tokens / seconds}
         metrics_file.write(step + 1, metrics)
         tracker.log(step + 1, metrics)

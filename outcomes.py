@@ -157,10 +157,14 @@ def check_outcomes(data, name):
     """Refuse data from which no value can be learnt.
 
     Raises:
-        UsageError: no rewards, or all alike.
+        UsageError: no rewards, all alike, or a completion of one token.
     """
     if data.heldout_records is None:
         raise UsageError(f"--data {name}: has no rewards; add a column reward (0 to 1), or name a model by --reward-model")
     reward_N = np.array(data.train["reward"][:])
     if reward_N.min() == reward_N.max():
         raise UsageError(f"--data {name}: all {len(reward_N)} rewards are {reward_N[0]:g}; a value needs right and wrong records")
+    length_N = np.concatenate([block["is_target"].sum(1) for block in data.train.iter(1000)])  # with the end of sequence
+    if (length_N < 3).any():
+        row = f"training row {length_N.argmin() + 1} has a completion of {length_N.min() - 1} token(s)"
+        raise UsageError(f"--data {name}: {row}; advantages compare the tokens of a completion, so at least 2")

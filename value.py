@@ -23,28 +23,56 @@ from outcomes import CORRECT
 from runs import write_whole
 
 
+class Evidence(nn.Module):
+    """What each token says of the outcome, `[B, T]`: from the trunk's state there, and from embeddings of the last 2, 3, 4 and 6
+    tokens by their hash (as in the Byte Latent Transformer, arXiv 2412.09871, section 3.2.1), which a small trunk learns late.
+    """
+
+    SPANS, BUCKETS, WIDTH = (2, 3, 4, 6), 2**14, 16
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.inner, self.outer = nn.LayerNorm(width), nn.Linear(width, width), nn.Linear(width, 1)
+        self.spans = nn.ModuleList([nn.Embedding(self.BUCKETS, self.WIDTH) for _ in self.SPANS])
+        self.mix = nn.Linear(self.WIDTH * len(self.SPANS), width)
+        for table in self.spans:
+            nn.init.normal_(table.weight, std=0.02)
+        nn.init.zeros_(self.outer.weight)  # V = 1/2 before it has learnt
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, x_BT, trunk_BTD):
+        embedded, hash_BT = [], torch.zeros_like(x_BT)
+        for back in range(max(self.SPANS)):
+            hash_BT = (hash_BT * 1_000_003 + F.pad(x_BT, (back, 0))[:, : x_BT.shape[1]] + 1) % (2**31 - 1)
+            if back + 1 in self.SPANS:
+                embedded.append(self.spans[len(embedded)](hash_BT % self.BUCKETS))
+        states_BTD = self.norm(trunk_BTD + self.mix(torch.cat(embedded, -1)))
+        return self.outer(F.gelu(self.inner(states_BTD))).float().squeeze(-1)
+
+
 class Value(nn.Module):
-    """Logit of V for every prefix, `[B, T]`: a small head on the output of the policy's trunk, or of a copy of that trunk."""
+    """Logit of V for every prefix, `[B, T]`, on the output of the policy's trunk or of a copy of that trunk.
+
+    A running sum of evidence, by Bayes' rule: the log odds of an outcome change with a token by the logarithm of how much likelier
+    that token is under the one outcome than under the other, given what stands before.
+    """
 
     def __init__(self, policy, separate):
         super().__init__()
-        width, self.trunk = policy.causal_lm.config.hidden_size, None
+        self.trunk = copy.deepcopy(policy.causal_lm.model) if separate else None
         if separate:
-            self.trunk = copy.deepcopy(policy.causal_lm.model)
             self.trunk.layers, self.trunk.norm = self.trunk.layers[:-1], nn.Identity()
-        head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
-        nn.init.zeros_(head[-1].weight)  # V = 1/2 before it has learnt
-        nn.init.zeros_(head[-1].bias)
+        head = Evidence(policy.causal_lm.config.hidden_size)
         self.heads = nn.ModuleDict({"layers": nn.ModuleList([head])})  # `shard` looks for it here
 
     @property
     def trunk_layers(self):
         return self.trunk.layers if self.trunk is not None else []
 
-    def forward(self, x_BT, trunk_BTD):
+    def forward(self, x_BT, trunk_BTD, prefix_BT):
         if self.trunk is not None:
             trunk_BTD = self.trunk(input_ids=x_BT, use_cache=False).last_hidden_state
-        return self.heads.layers[0](trunk_BTD).float().squeeze(-1).clone()
+        return (self.heads.layers[0](x_BT, trunk_BTD) * prefix_BT).cumsum(1)
 
 
 class Critic(nn.Module):
@@ -66,7 +94,8 @@ class Critic(nn.Module):
         if run_policy and self.value.trunk is None:
             with torch.no_grad():
                 self.policy(batch.x_BT, batch.targets_KBT[:1])
-        return self.value(batch.x_BT, self.trunk_BTD if self.into_trunk or self.trunk_BTD is None else self.trunk_BTD.detach())
+        state_BTD = self.trunk_BTD if self.into_trunk or self.trunk_BTD is None else self.trunk_BTD.detach()
+        return self.value(batch.x_BT, state_BTD, prefixes(batch))
 
 
 def prefixes(batch):

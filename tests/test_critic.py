@@ -73,8 +73,8 @@ def metrics_of(run_dir, without=("perf/",)):
 
 
 def training_of(run_dir):
-    """Lines of stage 2: those that a baseline writes too."""
-    return [line for line in metrics_of(run_dir) if not any(key.startswith("value/") for key in line)]
+    """Figures of stage 2 that a baseline writes too."""
+    return [line for line in metrics_of(run_dir, without=("perf/", "value/")) if line.keys() != {"step"}]
 
 
 FILES = ("weights.json", "value_head.safetensors", "model/model.safetensors", "model/mtp_heads.safetensors")
@@ -497,8 +497,23 @@ def test_the_trunk_of_the_value_is_the_trunk_of_the_policy(material, kind):
     batch = batch_of(material, np.arange(6))
     model, made, _ = small_critic(material, value=kind)
     states = model.causal_lm.model(input_ids=batch.x_BT, use_cache=False, output_hidden_states=True).hidden_states
-    expected = made.value.heads.layers[0](states[len(model.trunk_layers)])[..., 0]
-    torch.testing.assert_close(made.logits(batch, run_policy=True), expected)
+    evidence_BT = made.value.heads.layers[0](batch.x_BT, states[len(model.trunk_layers)])
+    expected = torch.zeros_like(evidence_BT)
+    for b, t in np.ndindex(*expected.shape):  # from the last token of the prompt on
+        counts = value.prefixes(batch)[b]
+        expected[b, t] = sum(evidence_BT[b, i] for i in range(t + 1) if counts[i])
+    torch.testing.assert_close(made.logits(batch, run_policy=True), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_evidence_looks_at_the_last_six_tokens_and_no_further(material):
+    """With the trunk's state held still: a token changes what is said of it and of the five after it, and nothing before."""
+    _, made, _ = small_critic(material)
+    x_BT, state_BTD = torch.randint(3, 259, (1, 20), generator=torch.Generator().manual_seed(0)), torch.zeros(1, 20, 32)
+    other_BT = x_BT.clone()
+    other_BT[0, 7] += 1
+    with torch.no_grad():
+        changed = made.value.heads.layers[0](x_BT, state_BTD) != made.value.heads.layers[0](other_BT, state_BTD)
+    assert changed[0].nonzero().flatten().tolist() == [7, 8, 9, 10, 11, 12]
 
 
 # --------------------------------------------------------------------------------------------------------------- judgement
@@ -602,7 +617,7 @@ def test_stage_1_learns_what_can_be_learnt_and_a_saved_head_skips_it(material, t
     assert critic(material, tmp_path / "again", value_head=head, **options | dict(pair_coef=0)) == 0
     assert training_of(tmp_path / "again") == training_of(tmp_path / "run")
     assert (tmp_path / "again/weights.json").read_text() == (tmp_path / "run/weights.json").read_text()
-    assert not any("value/loss" in line for line in metrics_of(tmp_path / "again"))
+    assert not any("value/loss" in line for line in metrics_of(tmp_path / "again"))  # no stage 1, and none in stage 2
     same_files(tmp_path / "again", tmp_path / "run", ["value_head.safetensors"])  # a separate value stays as it is
     assert critic(material, tmp_path / "wrong", value_head=head, value="frozen", **options) == 2
     assert "holds a value of --value separate, not frozen" in capsys.readouterr().err
@@ -772,6 +787,7 @@ def bad_files(folder):
     write(folder / "words.jsonl", [one | dict(prompt=str(n), reward="good") for n in range(60)])
     write(folder / "wrong.jsonl", [one | dict(prompt=str(n), reward=n % 2 / 2) for n in range(60)])
     write(folder / "siblings.jsonl", [one | dict(completion=str(n), reward=n % 2) for n in range(60)])
+    write(folder / "short.jsonl", [one | dict(prompt=str(n), reward=n % 2) for n in range(60)])
     (folder / "bytes.txt").write_text("some text\n" * 100)
 
 
@@ -784,6 +800,8 @@ BAD = [
     (dict(data="words.jsonl"), ["reward", "numbers from 0 to 1"]),
     (dict(data="wrong.jsonl"), ["no train record", "above 0.5"]),
     (dict(data="siblings.jsonl"), ["siblings.jsonl", "one prompt"]),
+    (dict(data="short.jsonl"), ["short.jsonl", "training row 1", "of 1 token(s)", "at least 2"]),
+    (dict(value="shared", value_coef=0), ["--value-coef 0", "--value shared"]),
     (dict(data="none.jsonl", reward_model="three"), ["--reward-model", "3 outputs", "1 (a logit) or 2"]),
     (dict(data="none.jsonl", reward_model="causal"), ["--reward-model", "score.weight", "no trained classifier"]),
     (dict(data="none.jsonl", reward_model="nothing"), ["--reward-model", "cannot be read"]),
