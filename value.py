@@ -53,8 +53,8 @@ class Evidence(nn.Module):
 class Value(nn.Module):
     """Logit of V for every prefix, `[B, T]`, on the output of the policy's trunk or of a copy of that trunk.
 
-    A running sum of evidence, by Bayes' rule: the log odds of an outcome change with a token by the logarithm of how much likelier
-    that token is under the one outcome than under the other, given what stands before.
+    A running sum of evidence, by Bayes' rule: with a token the log odds of the outcome change by the logarithm of how much
+    likelier that token is under the one outcome than under the other, given what stands before.
     """
 
     def __init__(self, policy, separate):

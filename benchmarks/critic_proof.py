@@ -55,18 +55,20 @@ def parse():
     parser.add_argument("--model", default="", help="as --model of the scripts; empty: a Llama of 5 layers, width 96")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-heads", type=int, default=2)
-    parser.add_argument("--base-steps", type=int, default=800)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--value-steps", type=int, default=1000)
+    parser.add_argument("--base-steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--value-steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lambda", dest="lambda_", type=float, default=0.3)
     parser.add_argument("--gae-lambda", type=float, default=0.95)
     parser.add_argument("--condefects", default="", help="file of ConDefects pairs")
     parser.add_argument("--condefects-length", type=int, default=512, help="tokens of a program at most")
+    parser.add_argument("--condefects-steps", type=int, default=250)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--step-cost", action="store_true", help="measure the cost of a step and nothing else")
+    parser.add_argument("--rounds", type=int, default=5, help="of --step-cost")
     return parser.parse_args()
 
 
@@ -138,15 +140,15 @@ def job(task):
     shutil.rmtree(folder, ignore_errors=True)
     common = dict(seed=seed, run_dir=folder)
     base = dict(model=out / f"base policy {seed}", lr=1e-3, warmup_steps=20)
-    value = dict(value_steps=args.value_steps, max_steps=1, value_coef=0)
+    value = dict(value_steps=args.value_steps, value_batches=1, max_steps=1, value_coef=0)
     if what == "base":
         start = dict(model=args.model or out / "config.json", lr=3e-3, max_steps=args.base_steps)
         module, words = baseline_mtp, words_of(args, **common, **start)
     elif what == "value":
         module, words = critic_wmtp, words_of(args, **common, **base, **value, value=name)
     elif what == "condefects":
-        data = dict(data=args.condefects, seq_len=args.condefects_length)
-        module, words = critic_wmtp, words_of(args, **common, **base | data, **value, value=name)
+        data = dict(data=args.condefects, seq_len=args.condefects_length, value_steps=args.condefects_steps)
+        module, words = critic_wmtp, words_of(args, **common, **base | value | data, value=name)
     else:
         words = words_of(args, **common, **base, max_steps=args.steps, gae_lambda=args.gae_lambda)
         weighted = "--lambda" not in ARMS[name]
@@ -351,17 +353,16 @@ def picture(args, out, file):
 
 
 def step_cost(args, out):
-    """Median seconds of an update of the baseline and of the critic with each kind of value, taking turns, 5 rounds of 60."""
+    """Median seconds of an update of the baseline and of the critic with each kind of value, taking turns, in rounds of 60."""
     forms = {"baseline": ["baseline_mtp.py"], "critic, shared": ["critic_wmtp.py", "--value", "shared"]}
     for kind in KINDS:
         forms[f"critic, {kind}"] = ["critic_wmtp.py", "--value", kind, "--value-steps", "0"]
-    forms["critic, separate, --value-coef 0"] = [*forms["critic, separate"], "--value-coef", "0"]
     options = "--data stdlib-bugs --mtp-schedule constant --tracker none --save-every 0 --max-steps 60".split()
     options += ["--device", args.device]
     seconds = {name: [] for name in forms}
-    for number in range(5):
+    for number in range(args.rounds):
         names = list(forms)
-        for name in names[number:] + names[:number]:
+        for name in names[number % len(names) :] + names[: number % len(names)]:
             folder = out / f"cost {name} {number}"
             shutil.rmtree(folder, ignore_errors=True)
             command = [sys.executable, ROOT / forms[name][0], *forms[name][1:], *options, "--run-dir", folder]
@@ -369,7 +370,7 @@ def step_cost(args, out):
             lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             steps = [4 * 256 / line["perf/tokens_per_s"] for line in lines if "perf/tokens_per_s" in line]
             seconds[name].append(statistics.median(steps[10:]))
-            print(f"round {number + 1} of 5  {name:<34} {seconds[name][-1] * 1e3:8.1f} ms a step", flush=True)
+            print(f"round {number + 1} of {args.rounds}  {name:<34} {seconds[name][-1] * 1e3:8.1f} ms a step", flush=True)
             shutil.rmtree(folder)
     rows = []
     for name, values in seconds.items():
@@ -401,7 +402,7 @@ def main():
                   pad_token_id=0, eos_token_id=1, bos_token_id=None)  # fmt: skip
     (out / "config.json").write_text(json.dumps(config))
     settings = out / "settings.json"
-    mine = {k: v for k, v in vars(args).items() if k not in ("out", "jobs", "seeds", "arms", "step_cost", "condefects")}
+    mine = {k: v for k, v in vars(args).items() if k not in ("out", "jobs", "seeds", "arms", "step_cost", "rounds", "condefects")}
     if settings.exists() and json.loads(settings.read_text()) != mine:
         raise SystemExit(f"error: --out {out}: holds runs with other settings ({settings.read_text()}); name a new folder")
     settings.write_text(json.dumps(mine))
