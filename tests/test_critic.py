@@ -564,9 +564,9 @@ def test_full_regularisation_is_the_baseline_to_the_last_bit(material, tmp_path,
     assert critic(material, tmp_path / "run", **{"lambda": 1}, **changes) == 0
     assert training_of(tmp_path / "run") == metrics_of(material / "baseline")
     same_files(tmp_path / "run", material / "baseline", ["model/model.safetensors", "model/mtp_heads.safetensors"])
-    changed = dict(changes) | {"lambda": 0.5}
-    assert critic(material, tmp_path / "other", **changed) == 0
-    assert training_of(tmp_path / "other") != metrics_of(material / "baseline")
+    if changes == KINDS[0]:
+        assert critic(material, tmp_path / "other", **changes | {"lambda": 0.5}) == 0
+        assert training_of(tmp_path / "other") != metrics_of(material / "baseline")
 
 
 def test_only_the_algorithm_differs_from_the_baseline():
@@ -605,13 +605,13 @@ def test_stage_1_learns_what_can_be_learnt_and_a_saved_head_skips_it(material, t
         letters = "".join(sorted(choose.sample("abcdefgh", 4)))
         made += [dict(prompt=f"{number}:", completion=text, reward=reward) for text, reward in ((letters, 0), (letters[::-1], 1))]
     file = write(tmp_path / "letters.jsonl", made)
-    options = dict(data=file, seq_len=16, value_steps=60, max_steps=2, batch_size=16, value_lr=3e-3, value_batches=1)
+    options = dict(data=file, seq_len=16, value_steps=30, max_steps=2, batch_size=16, value_lr=3e-3, value_batches=1)
     assert critic(material, tmp_path / "run", pair_coef=0, **options) == 0
     judged = [line for line in metrics_of(tmp_path / "run") if "value/auc" in line]
-    assert [line["step"] for line in judged] == [60] and judged[0]["value/auc"] > 0.95 and judged[0]["value/pairs"] > 0.95
+    assert [line["step"] for line in judged] == [30] and judged[0]["value/auc"] > 0.95 and judged[0]["value/pairs"] > 0.95
     assert judged[0]["value/auc_position"] == 0.5  # all are of one length
     losses = [line["value/loss"] for line in metrics_of(tmp_path / "run") if "value/loss" in line]
-    assert len(losses) == 60 and losses[0] == pytest.approx(math.log(2), rel=1e-4) and losses[-1] < 0.6
+    assert len(losses) == 30 and losses[0] == pytest.approx(math.log(2), rel=1e-4) and losses[-1] < 0.6
     assert "no better than the position" not in capsys.readouterr().out
     head = tmp_path / "run/value_head.safetensors"
     assert critic(material, tmp_path / "again", value_head=head, **options | dict(pair_coef=0)) == 0
@@ -710,14 +710,15 @@ RUNS = {
     "shared": dict(value="shared", control="shuffle", train_on="all"),
     "frozen": dict(value="frozen", mtp_schedule="forward"),
 }
-FIRST = 4  # of eight rows of a batch on the first rank
+SHORT = dict(value_steps=3, max_steps=4)
 
 
 def on_two_ranks(material, ports):
     """What each of two processes does: runs, and weights of a batch of which the ranks hold uneven shares."""
     for name, changes in RUNS.items():
         os.environ["MASTER_PORT"] = ports.pop()
-        assert critic(material, material / f"two {name}", **changes | {"micro_batch_size": 2 if name != "frozen" else 4}) == 0
+        changes = changes | SHORT | {"micro_batch_size": 2 if name != "frozen" else 4}
+        assert critic(material, material / f"two {name}", **changes) == 0
     os.environ["MASTER_PORT"] = ports.pop()
     ranks = common.setup_ranks("cpu", "fp32")
     batch, value_BT, _ = uneven(material, ranks.rank)
@@ -759,7 +760,7 @@ def two_ranks(material):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_equal_one(two_ranks, name):
-    changes = RUNS[name] | {"micro_batch_size": 4 if name != "frozen" else 8}
+    changes = RUNS[name] | SHORT | {"micro_batch_size": 4 if name != "frozen" else 8}
     assert critic(two_ranks, two_ranks / f"one {name}", **changes) == 0
     a, b = metrics_of(two_ranks / f"one {name}"), metrics_of(two_ranks / f"two {name}")
     assert len(a) == len(b)

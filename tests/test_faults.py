@@ -233,7 +233,7 @@ def stopped_after(job, name):
     return int(number)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGUSR1", "SIGINT"))])
 def test_a_stop_signal_saves_and_leaves_with_0(start, straight, tmp_path, name):
     job = start(tmp_path / "run")
     job.until(lambda: job.updates() >= 9)
@@ -368,7 +368,7 @@ def test_a_full_disk_under_the_run_stops_it_and_with_room_it_goes_on(start, stra
     assert_equal(run_dir, straight)
 
 
-@pytest.mark.parametrize("size", ["4k", "8k"])  # no room for args.json; for no more than it
+@pytest.mark.parametrize("size", [pytest.param("4k", marks=pytest.mark.slow), "8k"])  # no room for args.json; for no more
 def test_a_disk_full_from_the_start_leaves_a_folder_that_starts_again(start, straight, tmp_path, small_disk, size):
     run_dir = small_disk(size) / "run"
     job = start(run_dir)

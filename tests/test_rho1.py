@@ -323,6 +323,7 @@ def straight(material):
     return settings
 
 
+@pytest.mark.slow  # three processes
 def test_killed_and_resumed_equals_straight(material, tmp_path):
     """Killed within the updates; the run that goes on has the figures, weights and sample of the straight one, bit for bit.
 

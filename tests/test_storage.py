@@ -219,6 +219,7 @@ def test_stopped_and_started_again_equals_straight(material, server, straight, s
     assert_same_run(tmp_path / "run", straight[0])
 
 
+@pytest.mark.slow
 def test_killed_during_uploads_goes_on_from_what_is_complete(material, server, straight, start, monkeypatch, tmp_path, capsys):
     words = flags(material, tmp_path / "run", checkpoint_dir="s3://bucket/killed")
     for unfinished, rest in (("step_000004/meta.json", {"__0_0.distcp", ".metadata"}), ("step_000008/__0_0.distcp", set())):
