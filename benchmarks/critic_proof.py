@@ -56,14 +56,14 @@ def parse():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-heads", type=int, default=2)
     parser.add_argument("--base-steps", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--value-steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--value-steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lambda", dest="lambda_", type=float, default=0.3)
     parser.add_argument("--gae-lambda", type=float, default=0.95)
     parser.add_argument("--condefects", default="", help="file of ConDefects pairs")
     parser.add_argument("--condefects-length", type=int, default=512, help="tokens of a program at most")
-    parser.add_argument("--condefects-steps", type=int, default=250)
+    parser.add_argument("--condefects-steps", type=int, default=150)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
@@ -422,7 +422,8 @@ def main():
     results = [json.loads(file.read_text()) for file in files]
     rows, values = summary(results), values_of(results)
     print("\n" + tables(rows, values))
-    save(out / "critic_proof.json", seconds=time.time() - began, settings=mine, rows=rows, values=values,
+    spent = sum(json.loads(file.read_text())["seconds"] for file in [*out.glob("base *.json"), *files])
+    save(out / "critic_proof.json", seconds_of_runs=spent, jobs=args.jobs, settings=mine, rows=rows, values=values,
          commands=[r["command"] for r in results if r["seed"] == 0])  # fmt: skip
     plot(rows, out / "critic_proof.png")
     picture(args, out, out / "critic_function.png")
