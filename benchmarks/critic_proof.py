@@ -3,7 +3,6 @@
     python benchmarks/critic_proof.py --out OUT                      under 30 minutes on 2 CPU cores; stopped, it goes on
     python benchmarks/critic_proof.py --out OUT --condefects condefects_python.jsonl.gz
     python benchmarks/critic_proof.py --out OUT --device cuda --seeds 5 --model tiny --steps 6000 --value-steps 6000
-    python benchmarks/critic_proof.py --out OUT --step-cost          cost of a step beside the baseline's, alone on a machine
 
 On stdlib-bugs, for each seed (which fixes the held-out files): a policy is trained on the correct functions (--base-steps), and
 a value of each kind on it; then from the same policy, with equal numbers of updates:
@@ -28,7 +27,6 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -67,8 +65,6 @@ def parse():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
-    parser.add_argument("--step-cost", action="store_true", help="measure the cost of a step and nothing else")
-    parser.add_argument("--rounds", type=int, default=5, help="of --step-cost")
     return parser.parse_args()
 
 
@@ -352,37 +348,6 @@ def picture(args, out, file):
     figure.savefig(file, dpi=110)
 
 
-def step_cost(args, out):
-    """Median seconds of an update of the baseline and of the critic with each kind of value, taking turns, in rounds of 60."""
-    forms = {"baseline": ["baseline_mtp.py"], "critic, shared": ["critic_wmtp.py", "--value", "shared"]}
-    for kind in KINDS:
-        forms[f"critic, {kind}"] = ["critic_wmtp.py", "--value", kind, "--value-steps", "0"]
-    options = "--data stdlib-bugs --mtp-schedule constant --tracker none --save-every 0 --max-steps 60".split()
-    options += ["--device", args.device]
-    seconds = {name: [] for name in forms}
-    for number in range(args.rounds):
-        names = list(forms)
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            folder = out / f"cost {name} {number}"
-            shutil.rmtree(folder, ignore_errors=True)
-            command = [sys.executable, ROOT / forms[name][0], *forms[name][1:], *options, "--run-dir", folder]
-            subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
-            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            steps = [4 * 256 / line["perf/tokens_per_s"] for line in lines if "perf/tokens_per_s" in line]
-            seconds[name].append(statistics.median(steps[10:]))
-            print(f"round {number + 1} of {args.rounds}  {name:<34} {seconds[name][-1] * 1e3:8.1f} ms a step", flush=True)
-            shutil.rmtree(folder)
-    rows = []
-    for name, values in seconds.items():
-        ratios = [a / b for a, b in zip(values, seconds["baseline"])]
-        rows.append(dict(form=name, seconds=statistics.median(values), to_baseline=statistics.median(ratios), ratios=ratios))
-    save(out / "critic_step_cost.json", rows=rows)
-    print(f"\n| form | ms a step | to baseline (min to max) |\n{'|---' * 3}|")
-    for r in rows:
-        spread = f"{min(r['ratios']):.3f} to {max(r['ratios']):.3f}"
-        print(f"| {r['form']} | {r['seconds'] * 1e3:.1f} | {r['to_baseline']:.3f} ({spread}) |")
-
-
 def save(file, **values):
     from runs import commit, versions
 
@@ -394,15 +359,13 @@ def main():
     args = parse()
     out = Path(args.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    if args.step_cost:
-        return step_cost(args, out)
     began, os.environ["OMP_NUM_THREADS"] = time.time(), "1"
     config = dict(model_type="llama", vocab_size=259, hidden_size=96, intermediate_size=256, num_hidden_layers=5,
                   num_attention_heads=4, initializer_range=0.05, max_position_embeddings=2048, tie_word_embeddings=False,
                   pad_token_id=0, eos_token_id=1, bos_token_id=None)  # fmt: skip
     (out / "config.json").write_text(json.dumps(config))
     settings = out / "settings.json"
-    mine = {k: v for k, v in vars(args).items() if k not in ("out", "jobs", "seeds", "arms", "step_cost", "rounds", "condefects")}
+    mine = {k: v for k, v in vars(args).items() if k not in ("out", "jobs", "seeds", "arms", "condefects")}
     if settings.exists() and json.loads(settings.read_text()) != mine:
         raise SystemExit(f"error: --out {out}: holds runs with other settings ({settings.read_text()}); name a new folder")
     settings.write_text(json.dumps(mine))

@@ -1,11 +1,12 @@
-"""Cost of a training step: baseline, rho1 with reference losses from their file, rho1 with the reference in every step.
+"""Cost of a training step: the baseline, rho1 with reference losses from their file or computed in the step, the critic.
 
     python benchmarks/step_cost.py [--rounds 5] [--steps 60] [--device auto]
 
 The scripts themselves run, taking turns: 4 heads, batch 4 x 256 bytes, the default model, a reference of its size with 1 head,
-noise 0.3 (with noise the detector's area is computed too). A step's seconds are those of `perf/tokens_per_s`; the first ten of
-a run are left out. A round's figure is the median over its steps; the table gives medians over rounds, and the median of the
-ratios within a round. Prints a table and writes step_cost.json.
+noise 0.3 (with noise the detector's area is computed too). The critic and a baseline of its own train on records of stdlib-bugs,
+half of them wrong and so without targets. A step's seconds are those of `perf/tokens_per_s`; the first ten of a run are left out.
+A round's figure is the median over its steps; the table gives medians over rounds, and the median of the ratios within a round.
+Prints a table and writes step_cost.json.
 """
 
 import argparse
@@ -32,32 +33,41 @@ def main():
     args = parser.parse_args()
     import torch
 
+    import bugs
     import data
     from runs import commit, versions
 
     folder = Path(tempfile.mkdtemp(prefix="step_cost-"))
     texts = data._stdlib()[::20]  # few, as every run ends with a look at the held-out ones
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    common = ["--data", folder / "text.jsonl", "--seq-len", LENGTH, "--batch-size", BATCH, "--tracker", "none", "--save-every", 0]
+    records = bugs.make_records(texts)
+    rows = [dict(zip(records, values)) for values in zip(*(records[c] for c in ("prompt", "completion", "reward")))]
+    (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["--seq-len", LENGTH, "--batch-size", BATCH, "--tracker", "none", "--save-every", 0]
     common += ["--device", args.device, "--mtp-schedule", "constant"]
-    rho1 = ["rho1_wmtp.py", "--noise-frac", 0.3, "--ref-model", folder / "reference"]
+    text, judged = ["--data", folder / "text.jsonl"], ["--data", folder / "records.jsonl"]
+    rho1 = ["rho1_wmtp.py", *text, "--noise-frac", 0.3, "--ref-model", folder / "reference"]
     variants = {
-        "baseline": ["baseline_mtp.py", "--noise-frac", 0.3],
+        "baseline": ["baseline_mtp.py", *text, "--noise-frac", 0.3],
         "rho1, weighted": [*rho1, "--mode", "weighted"],
         "rho1, token_skip": [*rho1, "--mode", "token_skip"],
         "rho1, weighted, --ref-online": [*rho1, "--mode", "weighted", "--ref-online"],
+        "baseline, records": ["baseline_mtp.py", *judged],
     }
+    for kind in ("shared", "frozen", "separate"):
+        variants[f"critic, --value {kind}"] = ["critic_wmtp.py", *judged, "--value", kind, "--value-steps", 1]
 
     def run(script, *words):
         command = [sys.executable, ROOT / script, *common, *words]
         subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL, cwd=folder)
 
-    run("baseline_mtp.py", "--num-heads", 1, "--max-steps", 20, "--run-dir", folder / "reference")
+    run("baseline_mtp.py", *text, "--num-heads", 1, "--max-steps", 20, "--run-dir", folder / "reference")
     run("rho1_wmtp.py", *rho1[1:], "--max-steps", 1, "--run-dir", folder / "file")  # makes the file of reference losses
     seconds = {name: [] for name in variants}
     for number in range(args.rounds):
         names = list(variants)
-        for name in names[number % 4 :] + names[: number % 4]:
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
             run_dir = folder / f"{name} {number}"
             run(*variants[name], "--max-steps", args.steps, "--run-dir", run_dir)
             lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -66,8 +76,13 @@ def main():
             print(f"round {number + 1} of {args.rounds}  {name:<30} {seconds[name][-1] * 1e3:8.1f} ms a step", flush=True)
     rows = []
     for name, values in seconds.items():
-        ratios = [a / b for a, b in zip(values, seconds["baseline"])]
-        rows.append(dict(form=name, seconds=statistics.median(values), to_baseline=statistics.median(ratios), ratios=ratios))
+        base = "baseline, records" if name.startswith(("critic", "baseline, records")) else "baseline"
+        ratios = [a / b for a, b in zip(values, seconds[base])]
+        rows.append(
+            dict(
+                form=name, seconds=statistics.median(values), baseline=base, to_baseline=statistics.median(ratios), ratios=ratios
+            )
+        )
     products = json.loads((run_dir / "args.json").read_text())["products"]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() and args.device != "cpu" else platform.processor()
     machine = dict(
