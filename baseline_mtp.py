@@ -241,10 +241,10 @@ def main(args):
 
         seconds, valid = time.perf_counter() - began, max(1, count_K[0].item())
         ess_frac = weight**2 / max(weight_squared, 1e-12) / valid
-        metrics = {"train/loss": objective} | {f"train/loss_head_{k}": loss for k, loss in enumerate(loss_K, start=1)}
-        metrics |= {"train/grad_norm": grad_norm, "train/lr": optimizer.param_groups[0]["lr"]}
+        metrics = {"train/loss": objective} | {f"train/loss_head_{k}": loss for k, loss in enumerate(loss_K, 1) if count_K[k - 1]}
         metrics |= {"weights/mean": weight / valid, "weights/max": gathered[..., 4].max().item(), "weights/ess_frac": ess_frac}
-        metrics |= {"perf/tokens_per_s": tokens / seconds}
+        metrics = metrics if count_K[0] else {}  # no target, no figure
+        metrics |= {"train/grad_norm": grad_norm, "train/lr": learning_rate(step, args), "perf/tokens_per_s": tokens / seconds}
         metrics_file.write(step + 1, metrics)
         tracker.log(step + 1, metrics)
         heads = " ".join(f"{loss:.3f}" for loss in loss_K)

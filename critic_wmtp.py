@@ -22,14 +22,12 @@ weight on the tokens after which V has risen (advantage-weighted regression, htt
     lambda   --lambda       1 is baseline_mtp.py to the last bit, 0 the bare algorithm
     N        num_valid      valid targets of head 1 in the update, over all ranks and accumulation steps
 
-Deviations: the data are given, not sampled from the policy; advantages are whitened, weights clipped. V, a running sum
-of evidence, its file and judgement are in value.py, records with outcomes in outcomes.py.
+Deviations: the data are given, not sampled from the policy; advantages are whitened, weights clipped. V itself is in value.py.
 
 Commands:
   laptop      python critic_wmtp.py
   one GPU     python critic_wmtp.py --model Qwen/Qwen2.5-0.5B --data my.jsonl --seq-len 1024 --batch-size 32 --lr 1e-5 ...
   eight GPUs  torchrun --nproc-per-node 8 critic_wmtp.py --model Qwen/Qwen2.5-7B --data my.jsonl --reward-model my-judge ...
-Results: README.md
 """
 
 import functools
@@ -171,10 +169,10 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------------------------- algorithm
-def value_loss(logit_BT, batch):
+def value_loss(logit_BT, batch, share_B=1):
     """Sum over all prefixes of all completions, the empty and the whole ones too, of the cross entropy of V and outcome, nats."""
     loss_BT = F.binary_cross_entropy_with_logits(logit_BT, batch.reward_B[:, None].expand_as(logit_BT), reduction="none")
-    return (loss_BT * prefixes(batch)).sum()
+    return ((loss_BT * prefixes(batch)).sum(1) * share_B).sum()
 
 
 def advantages(value_BT, reward_B, completion_BT, gamma, gae_lambda):
@@ -240,27 +238,27 @@ def learning_rate(step, args):
 
 # --------------------------------------------------------------------------------------------------------------- stage 1
 def train_value(critic, optimizer, data, tokenizer, run, folder, run_dir, micro_batch_size, args, ranks):
-    """Train V with checkpoints of its own, as `main` trains the policy; returns the size of metrics.jsonl."""
+    """Train V with checkpoints of its own, as `main` trains the policy; returns the size of metrics.jsonl and how good V is."""
     checkpoints = Checkpoints(f"{folder}/value", run, args.keep_last, ranks)
     start, size = checkpoints.load(critic, optimizer)
     metrics_file = MetricsFile(run_dir / "metrics.jsonl", size, ranks)
     num_steps = 0 if args.value == "shared" or args.value_head or args.condition_on_outcome else args.value_steps
     progress, signals, stopping = Progress(start, num_steps, ranks), StopSignal(), False
-    partner_N, copies, rows = partners(data.train), 2 if args.pair_coef else 1, args.batch_size * args.value_batches
+    copies, rows = 2 if args.pair_coef else 1, args.batch_size * args.value_batches
+    partner_N, share_N = partners(data.train, copies)
     plan = replace(args, max_steps=max(1, num_steps), lr=args.value_lr or args.lr)
     ranks.patience(minutes=10)
     critic.train()
     for step in range(start, num_steps + 1):
-        last = step == num_steps
-        if step > start and (last or stopping or (args.save_every and step % args.save_every == 0)):
+        if step > start and (step == num_steps or stopping or (args.save_every and step % args.save_every == 0)):
             checkpoints.save(step, critic, optimizer, metrics_file.saved())
-        if stopping and not last:
+        if stopping:  # after the last update too: stage 2 is still to come
             saved = checkpoints.wait()
             kept = "saved; the same command goes on" if saved else "not saved"
             progress.say(f"stopped   {signals.name or 'another rank'} after update {step} of {num_steps} of stage 1, {kept}")
             end_run(run_dir, ranks)
             raise SystemExit(0 if saved else 1)
-        if last:
+        if step == num_steps:
             break
         torch.manual_seed(hash((args.seed, -1 - step, ranks.rank)))
         for group in optimizer.param_groups:
@@ -268,22 +266,22 @@ def train_value(critic, optimizer, data, tokenizer, run, folder, run_dir, micro_
         numbers = batch_rows(len(data.train), rows, 2**32 + args.seed, step)  # in another order than in stage 2
         numbers = np.stack([numbers, partner_N[numbers]], 1)[:, :copies].reshape(-1, ranks.world_size, micro_batch_size * copies)
         batches = [load_batch(data.train, part, 1, ranks.device) for part in numbers[:, ranks.rank]]
-        num_prefixes = ranks.gather(sum(prefixes(batch).sum() for batch in batches)).sum()
+        shares = [torch.from_numpy(share_N[batch.rows_B]).to(ranks.device) for batch in batches]
+        num_prefixes = ranks.gather(sum((prefixes(batch).sum(1) * share).sum() for batch, share in zip(batches, shares))).sum()
         total = 0.0
-        for number, batch in enumerate(batches, start=1):
+        for number, (batch, share_B) in enumerate(zip(batches, shares), start=1):
             set_gradient_sync(critic.value, number == len(batches))
             with ranks.autocast():
                 logit_BT = critic.logits(batch, run_policy=True)
-            loss = value_loss(logit_BT, batch) / num_prefixes
-            if args.pair_coef:
-                loss = loss + args.pair_coef * pair_loss(logit_BT, batch) / rows
+            pairs = pair_loss(logit_BT, batch) / rows if args.pair_coef else 0
+            loss = value_loss(logit_BT, batch, share_B) / num_prefixes + args.pair_coef * pairs
             loss.backward()
             total += loss.detach()
-        clip_gradients(critic.value, args.grad_clip)
+        grad_norm = clip_gradients(critic.value, args.grad_clip)
         total, stopping = ranks.gather(torch.stack([total, total.new_full((), bool(signals.name))])).sum(0).tolist()
-        if not math.isfinite(total):
+        if not math.isfinite(total + grad_norm):
             checkpoints.wait()
-            ranks.say(f"stopped   update {step + 1} of stage 1: loss not finite; nothing was stepped, checkpoints are whole")
+            ranks.say(f"stopped   update {step + 1} of stage 1: loss or gradient not finite; nothing was stepped")
             raise SystemExit(1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -292,10 +290,11 @@ def train_value(critic, optimizer, data, tokenizer, run, folder, run_dir, micro_
     progress.bar.close()
     checkpoints.wait()
     signals.restore()
+    judged = {}
     if num_steps or args.value_head:
-        metrics_file.write(num_steps, judge_value(critic, data, tokenizer, micro_batch_size, ranks))
-    save_value(critic.value, run_dir / "value_head.safetensors", args.value, ranks)
-    return metrics_file.size()
+        judged = judge_value(critic, data, tokenizer, micro_batch_size, ranks, metrics_file, num_steps, "value")
+        save_value(critic.value, run_dir / "value_head.safetensors", args.value, ranks)
+    return metrics_file.size(), judged
 
 
 # ------------------------------------------------------------------------------------------------------------------ main
@@ -318,8 +317,8 @@ def main(args):
     if len(data.train) < args.batch_size:
         held = f"{len(data.train)} rows of --seq-len {args.seq_len} tokens"
         raise UsageError(f"--batch-size {args.batch_size}: --data {args.data} has {held} for training, fewer than one batch")
-    run = record_run(run_dir, args, script, data, ranks)
-    run |= load_value(critic.value, args.value_head, args.value)  # ALGO LOGIC: a resumed run goes on with the same one
+    given = load_value(critic.value, args.value_head, args.value)  # ALGO LOGIC: likewise; and a resumed run goes on with it
+    run = record_run(run_dir, args, script, data, ranks) | given  # ALGO LOGIC
     parameters = sum(p.numel() for p in model.parameters())
     model = shard(model.to(ranks.device), ranks)
     shard(critic.to(ranks.device).value, ranks)  # ALGO LOGIC: beside it, with a forward of its own
@@ -337,10 +336,11 @@ def main(args):
     folder = f"{args.checkpoint_dir}/{run_dir.name}" if args.checkpoint_dir else run_dir / "checkpoints"
     checkpoints = Checkpoints(folder, run, args.keep_last, ranks)
     start, size = checkpoints.load(critic, optimizer)  # ALGO LOGIC
-    if start == 0:  # ALGO LOGIC: stage 1, which has checkpoints of its own
-        size = train_value(critic, optimizer, data, tokenizer, run, folder, run_dir, micro_batch_size, args, ranks)  # ALGO LOGIC
+    stage_1 = (critic, optimizer, data, tokenizer, run, folder, run_dir, micro_batch_size, args, ranks)  # ALGO LOGIC
+    size, judged = train_value(*stage_1) if start == 0 else (size, {})  # ALGO LOGIC: it has checkpoints of its own
     metrics_file = MetricsFile(run_dir / "metrics.jsonl", size, ranks)
     tracker = Tracker(args.tracker, run_dir, args, ranks)
+    tracker.log(start, judged)  # ALGO LOGIC
     progress = Progress(start, args.max_steps, ranks)
     signals, stopping = StopSignal(), False
 
@@ -401,13 +401,13 @@ def main(args):
             figures = [stop, objective, weights.sum(), weights.square().sum(), weights.max(), *loss_KBT.sum((1, 2))]
             sums.append(torch.stack([*figures, auxiliary]).detach())  # ALGO LOGIC
         grad_norm = clip_gradients(model, args.grad_clip)
-        clip_gradients(critic.value, args.grad_clip)  # ALGO LOGIC: apart, so that V does not scale the policy's gradient
+        grad_norms = grad_norm, clip_gradients(critic.value, args.grad_clip)  # ALGO LOGIC: apart, V must not scale the policy's
 
         # Figures of the update, exact over all ranks and micro-steps; what is not finite never reaches the weights
         gathered = ranks.gather(torch.stack(sums)).cpu().double()  # [ranks, accumulation, 5 + K]
         stopping, objective, weight, weight_squared, _, *loss_K, auxiliary = gathered.sum((0, 1)).tolist()  # ALGO LOGIC
         loss_K = [loss / max(1, count) for loss, count in zip(loss_K, count_K.tolist())]
-        if not all(map(math.isfinite, (*loss_K, objective, grad_norm))):
+        if not all(map(math.isfinite, (*loss_K, objective, *grad_norms))):  # ALGO LOGIC
             broken = [f"loss of head {k}" for k, loss in enumerate(loss_K, start=1) if not math.isfinite(loss)] or ["gradient"]
             checkpoints.wait()
             ranks.say(f"stopped   update {step + 1}: {', '.join(broken)} not finite; nothing was stepped, checkpoints are whole")
@@ -418,11 +418,11 @@ def main(args):
 
         seconds, valid = time.perf_counter() - began, max(1, count_K[0].item())
         ess_frac = weight**2 / max(weight_squared, 1e-12) / valid
-        metrics = {"train/loss": objective} | {f"train/loss_head_{k}": loss for k, loss in enumerate(loss_K, start=1)}
-        metrics |= {"train/grad_norm": grad_norm, "train/lr": optimizer.param_groups[0]["lr"]}
+        metrics = {"train/loss": objective} | {f"train/loss_head_{k}": loss for k, loss in enumerate(loss_K, 1) if count_K[k - 1]}
         metrics |= {"weights/mean": weight / valid, "weights/max": gathered[..., 4].max().item(), "weights/ess_frac": ess_frac}
-        metrics |= {"value/loss": auxiliary / value_coef} if value_coef > 0 else {}  # ALGO LOGIC
-        metrics |= {"perf/tokens_per_s": tokens / seconds}
+        metrics = metrics if count_K[0] else {}  # no target, no figure
+        metrics |= {"train/grad_norm": grad_norm, "train/lr": learning_rate(step, args), "perf/tokens_per_s": tokens / seconds}
+        metrics |= {"train/value_loss": auxiliary / value_coef} if value_coef > 0 else {}  # ALGO LOGIC
         metrics_file.write(step + 1, metrics)
         tracker.log(step + 1, metrics)
         heads = " ".join(f"{loss:.3f}" for loss in loss_K)
@@ -435,9 +435,9 @@ def main(args):
     signals.restore()
     checkpoints.wait()
     if value_coef > 0:  # ALGO LOGIC: V after stage 2
-        metrics_file.write(step, judged := judge_value(critic, data, tokenizer, micro_batch_size, ranks))  # ALGO LOGIC
+        judged = judge_value(critic, data, tokenizer, micro_batch_size, ranks, metrics_file, step, "value_end")  # ALGO LOGIC
         tracker.log(step, judged)  # ALGO LOGIC
-    save_value(critic.value, run_dir / "value_head.safetensors", args.value, ranks)  # ALGO LOGIC
+        save_value(critic.value, run_dir / "value_head.safetensors", args.value, ranks)  # ALGO LOGIC
     write_sample(critic, token_weights, data, run_dir, args, ranks)  # ALGO LOGIC: what the weights look like
     save_model(model, tokenizer, run_dir / "model", ranks)
     shown_by = tracker.finish([run_dir / "args.json", run_dir / "metrics.jsonl"])

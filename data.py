@@ -134,6 +134,8 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, reward_model, tagged,
     records = list(heldout) if judged else None
     if judged:
         heldout = heldout.filter(lambda record: record["reward"] > outcomes.CORRECT)
+    if judged and tagged:
+        heldout = outcomes.with_tags(heldout, all_good=True)
     return Data(
         **parts,
         fingerprint=hashlib.sha256("".join(texts).encode()).hexdigest()[:16],

@@ -19,6 +19,7 @@ eq. 3: calibration error).
 
 import ast
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -45,6 +46,7 @@ from common import run_script, setup_ranks
 from compare import FILES, compare_runs, load_run
 from data import heldout_batches, load_data, make_targets
 from decoding import generate
+from outcomes import TAGS
 from runs import Tracker, commit, versions, write_whole
 from sandbox import Limits, open_sandbox
 from suites import SUITES as PROGRAMS
@@ -489,6 +491,8 @@ def evaluate(args, problems, sandbox, ranks):
     """Run the suites on a run or model; returns the `Results`."""
     model, tokenizer, record, run_dir = load_subject(args, ranks)
     name, num_heads = args.model or str(run_dir), len(model.heads.layers)
+    if record.get("args", {}).get("condition_on_outcome"):  # the model is asked for correct programs
+        problems = {s: [dataclasses.replace(p, prompt=TAGS[True] + p.prompt) for p in some] for s, some in problems.items()}
     if args.decode == "speculative" and num_heads == 1:
         raise UsageError(f"--decode speculative: {name} has one head and nothing drafts; use --decode plain")
     parameters = sum(p.numel() for p in model.parameters())

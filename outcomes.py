@@ -11,6 +11,7 @@ Shapes: N records.
 import collections
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,8 @@ def read_pairs(loaded):
     columns, records = set(loaded.column_names), []
     if {"correct", "faulty", "fault_location"} <= columns:  # 2310.16253; no statements, so the task's name is the prompt
         for number, pair in enumerate(loaded):
-            lines = pair["faulty"].splitlines(keepends=True)
-            named = [int(n) for n in str(pair["fault_location"]).split(",") if n.strip().isdigit()]
+            lines = re.findall(r"[^\n]*\n|[^\n]+", pair["faulty"] or "")
+            named = [int(n) for n in re.findall(r"\d+", str(pair["fault_location"]))]  # of several lines the first
             at = named[0] - 1 if named and 1 <= named[0] <= len(lines) else None
             start = -1 if at is None else sum(map(len, lines[:at]))
             end = -1 if at is None else start + len(lines[at])
@@ -42,8 +43,9 @@ def read_pairs(loaded):
         for number, problem in enumerate(loaded):
             sides = []
             for name in ("solutions", "incorrect_solutions"):
-                programs = zip(problem[name]["language"], problem[name]["solution"])
-                sides.append([text for language, text in programs if language in (3, "PYTHON3") and text])
+                of = problem[name]
+                each = of if isinstance(of, list) else [dict(zip(of, values)) for values in zip(*of.values())]
+                sides.append([s["solution"] for s in each if s["language"] in (3, "PYTHON3") and s["solution"]])
             prompt = (
                 f"You are an expert Python programmer, and here is your task: {problem['description']}\n"
                 "Your program should read standard input and write standard output.\n[BEGIN]\n"
@@ -117,10 +119,13 @@ def scores(name, prompts, completions, device, batch_size=16):
         raise UsageError(f"--reward-model {name}: lacks {lacking[0]}, so it is no trained classifier; name a reward model")
     if model.config.num_labels not in (1, 2):
         raise UsageError(f"--reward-model {name}: has {model.config.num_labels} outputs; 1 (a logit) or 2 (wrong, correct) fit")
+    tokenizer.padding_side, tokenizer.truncation_side = "right", "left"  # of a long text the end counts
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id  # decoders read the last token that is no padding
-    digest = hashlib.sha256(repr((sorted(tokenizer.get_vocab().items()), prompts, completions)).encode("utf-8", "replace"))
+    rules = str(getattr(tokenizer, "backend_tokenizer", tokenizer)), model.config.to_json_string()
+    own = sorted(tokenizer.get_vocab().items()), *rules
+    digest = hashlib.sha256(repr((own, prompts, completions)).encode("utf-8", "replace"))
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode() + value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     file = Path(datasets.config.HF_DATASETS_CACHE) / "wmtp" / f"rewards-{digest.hexdigest()[:32]}.npy"
@@ -139,8 +144,10 @@ def scores(name, prompts, completions, device, batch_size=16):
     return np.load(file)
 
 
-def partners(rows):
-    """For every row the number of the next sibling row of the other outcome, cyclically; the row itself if there is none."""
+def partners(rows, copies):
+    """For every row the number of the next sibling row of the other outcome, cyclically (the row itself if there is none), and
+    its share: what it must count for so that all rows count alike where each comes with its partner (`copies` 2).
+    """
     correct_N, of = np.array(rows["reward"][:]) > CORRECT, collections.defaultdict(lambda: ([], []))
     sibling_N = np.array(rows["sibling"][:]).tolist()
     for number, sibling in enumerate(sibling_N):
@@ -150,7 +157,8 @@ def partners(rows):
         for own, other in ((wrong, right), (right, wrong)):
             if other:
                 partner_N[own] = [other[i % len(other)] for i in range(len(own))]
-    return partner_N
+    drawn_N = 1 + np.bincount(partner_N, minlength=len(partner_N)) * (copies - 1)
+    return partner_N, (1 / drawn_N).astype(np.float32)
 
 
 def check_outcomes(data, name):
@@ -160,7 +168,8 @@ def check_outcomes(data, name):
         UsageError: no rewards, all alike, or a completion of one token.
     """
     if data.heldout_records is None:
-        raise UsageError(f"--data {name}: has no rewards; add a column reward (0 to 1), or name a model by --reward-model")
+        lacks = "add a column reward (0 to 1), or to records with prompt and completion a --reward-model"
+        raise UsageError(f"--data {name}: has no rewards; {lacks}")
     reward_N = np.array(data.train["reward"][:])
     if reward_N.min() == reward_N.max():
         raise UsageError(f"--data {name}: all {len(reward_N)} rewards are {reward_N[0]:g}; a value needs right and wrong records")

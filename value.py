@@ -145,8 +145,11 @@ def load_value(value, file, kind):
 
 
 @torch.no_grad()
-def judge_value(critic, data, tokenizer, micro_batch_size, ranks):
-    """`judge` on all held-out rows, printed, as `value/..`; one plain warning where V knows no more than the position tells."""
+def judge_value(critic, data, tokenizer, micro_batch_size, ranks, metrics_file, step, name):
+    """`judge` on all held-out rows, printed, written and returned as `<name>/..` where there is a figure.
+
+    One plain warning where V knows no more than a constant or the position.
+    """
     critic.eval()
     values = []
     for batch in heldout_batches(data, micro_batch_size, 1, ranks):
@@ -156,14 +159,16 @@ def judge_value(critic, data, tokenizer, micro_batch_size, ranks):
     critic.train()
     found = judge(torch.cat(values)[: len(data.heldout)].double().numpy(), data, tokenizer)
     ends = f"AUC at the end {found['auc']:.3f} (constant 0.500, position alone {found['auc_position']:.3f})"
-    ranks.say(f"value     held-out: {ends}, siblings in order {found['pairs']:.3f}")
+    ranks.say(f"value     held-out: {ends}, siblings in order {found['pairs']:.3f}")  # nan: none
     if "fault_token" in found:
         parts = (f"in the fault {found['fault_token']:.3f} (chance {found['fault_token_chance']:.3f})",
                  f"on its line {found['fault_line']:.3f} (chance {found['fault_line_chance']:.3f})")  # fmt: skip
         ranks.say(f"value     largest drop {', '.join(parts)}")
-    if not found["auc"] > found["auc_position"]:
+    if not found["auc"] > max(0.5, found["auc_position"]):
         ranks.say("warning   V tells the outcome no better than the position alone: weights from it are noise")
-    return {f"value/{key}": figure for key, figure in found.items()}
+    metrics = {f"{name}/{key}": figure for key, figure in found.items() if figure == figure}
+    metrics_file.write(step, metrics)
+    return metrics
 
 
 @torch.no_grad()

@@ -159,7 +159,7 @@ def job(task):
     critic_wmtp.judge_value = judge
     run(module, words, found if what == "arm" else None)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    judged = [line for line in lines if "value/auc" in line]
+    judged = [{k.split("/")[-1]: v for k, v in line.items()} for line in lines if {"value/auc", "value_end/auc"} & line.keys()]
     curve = [line["value/loss"] for line in lines if "value/loss" in line]
     ess = [line["weights/ess_frac"] for line in lines if "weights/ess_frac" in line]
     record = dict(what=what, name=name, seed=seed, command=[f"{module.__name__}.py", *words], judged=judged, value_loss=curve,
@@ -234,7 +234,7 @@ def values_of(results):
         if judged:
             row = dict(where=where, name=name, seeds=len(judged))
             for key in JUDGED:
-                each = [j[f"value/{key}"] for j in judged if f"value/{key}" in j]
+                each = [j[key] for j in judged if key in j]
                 spread = statistics.stdev(each) if len(each) > 1 else None
                 row |= {key: statistics.mean(each) if each else None, f"{key}_sd": spread}
             rows.append(row)

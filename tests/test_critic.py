@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -74,7 +75,8 @@ def metrics_of(run_dir, without=("perf/",)):
 
 def training_of(run_dir):
     """Figures of stage 2 that a baseline writes too."""
-    return [line for line in metrics_of(run_dir, without=("perf/", "value/")) if line.keys() != {"step"}]
+    lines = metrics_of(run_dir, without=("perf/", "value/", "value_end/", "train/value_loss"))
+    return [line for line in lines if line.keys() != {"step"}]
 
 
 FILES = ("weights.json", "value_head.safetensors", "model/model.safetensors", "model/mtp_heads.safetensors")
@@ -231,12 +233,26 @@ def test_wrong_records_have_no_targets_unless_all_are_trained_on(material):
 
 def test_records_of_one_prompt_are_siblings(material):
     loaded = rows_of(material / "records.jsonl")
-    for row, partner in enumerate(outcomes.partners(loaded.train)):
+    for row, partner in enumerate(outcomes.partners(loaded.train, 2)[0]):
         mine, other = loaded.train[row], loaded.train[int(partner)]
         assert mine["sibling"] == other["sibling"] and (mine["reward"] > 0.5) != (other["reward"] > 0.5)
     prompts = [{bytes((r["input_ids"][~r["is_target"] & (r["document"] >= 0)] - 3).tolist()) for r in part}
                for part in (loaded.train, loaded.heldout)]  # fmt: skip
     assert prompts[0] and prompts[1] and not prompts[0] & prompts[1]
+
+
+def test_rows_with_their_partners_count_as_the_rows_alone():
+    """Prompts with one right and four wrong records, with one of each, and with no sibling: V stays the share of the correct."""
+    sibling, reward = [0, 0, 0, 0, 0, 1, 1, 2], [1, 0, 0, 0, 0, 0, 1, 1]
+    rows = datasets.Dataset.from_dict(dict(sibling=sibling, reward=list(map(float, reward)))).with_format("numpy")
+    partner_N, share_N = outcomes.partners(rows, 2)
+    assert partner_N.tolist() == [1, 0, 0, 0, 0, 6, 5, 7]
+    counted = np.zeros(8)
+    for row in range(8):  # an epoch: every row once, with its partner
+        counted[row] += share_N[row]
+        counted[partner_N[row]] += share_N[partner_N[row]]
+    assert counted == pytest.approx(np.ones(8))
+    assert outcomes.partners(rows, 1)[1].tolist() == [1] * 8
 
 
 def test_a_tag_says_the_outcome_and_held_out_the_good_one(material):
@@ -246,6 +262,7 @@ def test_a_tag_says_the_outcome_and_held_out_the_good_one(material):
             prompt = bytes((row["input_ids"][~row["is_target"] & (row["document"] >= 0)] - 3).tolist()).decode()
             assert prompt.startswith(tags[bool(row["reward"] > 0.5)]) and re.fullmatch(r"\d+:", prompt[8:])
     assert len(set(map(len, outcomes.TAGS.values()))) == 1
+    assert loaded.prompt.startswith(outcomes.TAGS[True])  # what the report goes on from
 
 
 def test_condefects_pairs_and_their_faulty_lines(material, tmp_path):
@@ -260,6 +277,26 @@ def test_condefects_pairs_and_their_faulty_lines(material, tmp_path):
             assert np.array_equal(np.flatnonzero(token), np.arange(record["fault_start"], record["fault_end"]))
             assert np.array_equal(token, line)
     assert len({r["group"] for r in loaded.heldout_records} & {f"t{n}" for n in range(10)}) >= 1
+
+
+@pytest.mark.parametrize("location", ["2", "2,3", "[2]", "2-3", 2, [2, 3]])
+def test_a_faulty_line_is_found_in_any_form(tmp_path, location):
+    """Lines end with a line feed alone: Python's splitlines() would count a form feed too."""
+    pair = dict(task="t", correct="a = 1\n", faulty="a = '\x0c'\nb = 3\nc = 4", fault_location=location)
+    right, wrong = outcomes.read_pairs(datasets.Dataset.from_list([pair]))
+    assert right["fault_start"] == -1 and wrong["completion"][wrong["fault_start"] : wrong["fault_end"]] == "b = 3\n"
+    for nowhere in ("9", "", None, "unknown"):
+        assert outcomes.read_pairs(datasets.Dataset.from_list([pair | dict(fault_location=nowhere)]))[1]["fault_start"] == -1
+    kept = outcomes.read_pairs(datasets.Dataset.from_list([pair, pair | dict(faulty=None)]))
+    assert [r["reward"] for r in kept] == [1, 0, 1]
+
+
+def test_code_contests_may_list_its_solutions(tmp_path):
+    of = dict(language=[3, 2, 3], solution=["a", "b", "c"])
+    listed = [dict(language=n, solution=text) for n, text in zip(*of.values())]
+    problems = [datasets.Dataset.from_list([dict(description="d", solutions=s, incorrect_solutions=s)]) for s in (of, listed)]
+    found = [outcomes.read_pairs(problem).to_list() for problem in problems]
+    assert found[0] == found[1] and [r["completion"] for r in found[0]] == ["a", "a", "c", "c"]
 
 
 def test_code_contests_gives_as_many_wrong_as_right_programs(material, tmp_path):
@@ -299,6 +336,12 @@ def test_a_reward_model_scores_what_has_no_reward_once(material, tmp_path, num_l
         assert record["reward"] == pytest.approx(float(known[record["prompt"]]), abs=1e-6)
     rewards = sorted([*map(float, loaded.train["reward"][:]), *(r["reward"] for r in loaded.heldout_records)])
     assert rewards == pytest.approx(sorted(map(float, known.values())), abs=1e-6)
+    left = transformers.AutoTokenizer.from_pretrained(name)
+    left.padding_side = "left"
+    left.save_pretrained(tmp_path / "left")
+    plain.save_pretrained(tmp_path / "left")
+    shifted = rows_of(file, reward_model=str(tmp_path / "left"))
+    assert [r["reward"] for r in shifted.heldout_records] == [r["reward"] for r in loaded.heldout_records]
     monkeypatch.setattr(plain.__class__, "forward", lambda *a, **k: pytest.fail("scored again"))
     assert rows_of(file, reward_model=name).fingerprint == loaded.fingerprint
 
@@ -630,6 +673,72 @@ def test_stage_1_learns_what_can_be_learnt_and_a_saved_head_skips_it(material, t
     assert odd[0] == pytest.approx(pairs[0], rel=1e-5)
 
 
+def test_a_value_no_better_than_a_constant_is_told(material, tmp_path, capsys):
+    """All records of a prompt have one outcome, so nothing that is learnt of the prompts of training holds for others."""
+    made = [dict(prompt=f"{n}:", completion="same", reward=n % 2) for n in range(80)]
+    assert critic(material, tmp_path / "run", data=write(tmp_path / "same.jsonl", made), value_lr=0, max_steps=1) == 0
+    assert "warning   V tells the outcome no better than" in capsys.readouterr().out
+    [judged] = [line for line in metrics_of(tmp_path / "run") if "value/auc" in line]
+    assert "value/pairs" not in judged and "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
+
+
+def test_an_update_without_targets_has_no_figures(material, tmp_path):
+    made = [dict(prompt=f"{n}:", completion="text", reward=n % 2) for n in range(40)]
+    file, steps = write(tmp_path / "half.jsonl", made), 12
+    assert run(baseline_mtp, flags(material, tmp_path / "run", data=file, batch_size=1, max_steps=steps)) == 0
+    rows = rows_of(file).train
+    lines = {line["step"]: line for line in metrics_of(tmp_path / "run") if "train/lr" in line}
+    empty = [step for step in range(steps) if rows[data.batch_rows(len(rows), 1, 0, step)]["reward"][0] == 0]
+    assert 0 < len(empty) < steps and len(lines) == steps
+    for step in range(steps):
+        assert ("train/loss" in lines[step + 1], "weights/mean" in lines[step + 1]) == (step not in empty,) * 2
+        assert "train/loss_head_2" in lines[step + 1] or step in empty
+
+
+def test_a_stop_in_the_last_update_of_stage_1_keeps_stage_2_from_beginning(material, tmp_path, monkeypatch, capsys):
+    plain = critic_wmtp.learning_rate
+
+    def stopping(step, args):
+        if args.max_steps == 5 and step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(step, args)
+
+    monkeypatch.setattr(critic_wmtp, "learning_rate", stopping)
+    assert critic(material, tmp_path / "run") == 0
+    assert "after update 5 of 5 of stage 1, saved; the same command goes on" in capsys.readouterr().out
+    assert not any("train/loss" in line for line in metrics_of(tmp_path / "run"))
+    monkeypatch.setattr(critic_wmtp, "learning_rate", plain)
+    assert critic(material, tmp_path / "run") == 0 and critic(material, tmp_path / "straight") == 0
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_gradient_of_v_that_is_not_finite_is_never_stepped(material, tmp_path, monkeypatch, capsys, stage):
+    """Its loss is finite. The same command, with nothing broken any more, ends as the run that never was."""
+    plain, calls = critic_wmtp.value_loss, []
+
+    def breaking(logit_BT, *rest):
+        calls.append(logit_BT)
+        if len(calls) == (3 if stage == 1 else 5 + 3):  # an update is one call
+            logit_BT.register_hook(lambda gradient: gradient * torch.inf)
+        return plain(logit_BT, *rest)
+
+    monkeypatch.setattr(critic_wmtp, "value_loss", breaking)
+    assert critic(material, tmp_path / "run", value="frozen", value_batches=1) == 1
+    assert "update 3" in (said := capsys.readouterr().out) and "gradient not finite; nothing was stepped" in said
+    monkeypatch.setattr(critic_wmtp, "value_loss", plain)
+    assert critic(material, tmp_path / "run", value="frozen", value_batches=1) == 0
+    if not (material / "straight frozen").exists():
+        assert critic(material, material / "straight frozen", value="frozen", value_batches=1) == 0
+    assert metrics_of(tmp_path / "run") == metrics_of(material / "straight frozen")
+
+
+def test_a_bad_value_head_leaves_the_run_folder_free(material, tmp_path):
+    assert critic(material, tmp_path / "run", value_head=tmp_path / "nothing.safetensors") == 2
+    assert not (tmp_path / "run/args.json").exists()
+    assert critic(material, tmp_path / "run", max_steps=1, value_steps=1) == 0
+
+
 def test_the_sample_holds_weights_and_values_of_correct_heldout_rows(material, tmp_path):
     assert critic(material, tmp_path / "run") == 0
     sample = json.loads((tmp_path / "run/weights.json").read_text())
@@ -765,7 +874,7 @@ def test_two_ranks_equal_one(two_ranks, name):
     a, b = metrics_of(two_ranks / f"one {name}"), metrics_of(two_ranks / f"two {name}")
     assert len(a) == len(b)
     for one, other in zip(a, b):
-        if "value/auc" in one:  # ranks of nearly equal values may change places
+        if "value/auc" in one or "value_end/auc" in one:  # ranks of nearly equal values may change places
             assert other.keys() == one.keys()
         else:
             assert other == pytest.approx(one, rel=2e-3, abs=1e-4)
