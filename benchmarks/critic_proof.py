@@ -387,7 +387,7 @@ def main():
     print("\n" + tables(rows, values))
     spent = sum(json.loads(file.read_text())["seconds"] for file in [*out.glob("base *.json"), *files])
     save(out / "critic_proof.json", seconds_of_runs=spent, jobs=args.jobs, settings=mine, rows=rows, values=values,
-         commands=[r["command"] for r in results if r["seed"] == 0])  # fmt: skip
+         commands=[" ".join(r["command"]).replace(str(out), "OUT") for r in results if r["seed"] == 0])  # fmt: skip
     plot(rows, out / "critic_proof.png")
     picture(args, out, out / "critic_function.png")
     print(f"{out}/critic_proof.json, critic_proof.png, critic_function.png; {time.time() - began:.0f} s")
