@@ -129,7 +129,7 @@ class Args:
     """0: credit by the next value alone. 1: by the outcome, less the value before the token."""
     value: Literal["separate", "frozen", "shared"] = "separate"
     """V stands on a copy of the trunk; on the policy's, without gradient; or on it with gradient and without stage 1."""
-    value_steps: int = 400
+    value_steps: int = 500
     """Updates of stage 1."""
     value_batches: int = 2
     """Batches of --batch-size rows in an update of stage 1: small ones teach V nothing."""
