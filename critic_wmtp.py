@@ -136,7 +136,7 @@ class Args:
     value_lr: float = 1e-3
     """Peak learning rate of stage 1; 0: that of --lr."""
     value_coef: float = 0.1
-    """Share of the value loss in stage 2, which keeps V fitted while the trunk moves; to frozen a switch; separate stays as is."""
+    """Share of the value loss in stage 2, which keeps V fitted while the trunk moves; separate stays as it is."""
     pair_coef: float = 1.0
     """Share in stage 1 of the loss of pairs; then every row comes with a sibling of the other outcome beside it. 0: alone."""
     value_head: str = ""

@@ -95,8 +95,11 @@ class Job:
 
     def until(self, condition, or_ended=False):
         deadline = time.monotonic() + PATIENCE_S
-        while not condition():
-            if self.code is not None:
+        while True:
+            ended = self.code is not None  # looked at first: after it has ended, the condition is as it stays
+            if condition():
+                return
+            if ended:
                 assert or_ended, f"ended with {self.code} before that\n{self.stdout[-3000:]}\n{self.stderr[-3000:]}"
                 return
             assert time.monotonic() < deadline, f"waited in vain\n{self.stdout[-3000:]}\n{self.stderr[-3000:]}"
