@@ -108,8 +108,11 @@ def pass_on(source, sink):
 
 def until(condition, process, seconds=120):
     deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline
+    while True:
+        ended = process.poll() is not None  # looked at first: after it has ended, the condition is as it stays
+        if condition():
+            return
+        assert not ended and time.monotonic() < deadline
         time.sleep(0.005)
 
 
