@@ -247,6 +247,7 @@ def test_a_stop_signal_saves_and_leaves_with_0(start, straight, tmp_path, name):
     assert_equal(start(tmp_path / "run").ok().run_dir, straight)
 
 
+@pytest.mark.slow
 def test_a_second_sigint_ends_at_once_and_what_is_there_resumes(start, straight, tmp_path):
     job = start(tmp_path / "run")
     job.until(lambda: job.updates() >= 9)

@@ -103,6 +103,7 @@ def straight(material, tmp_path_factory):
 
 
 # ---------------------------------------------------------------------------------------------------------- equivalences
+@pytest.mark.slow  # test_faults.py kills too
 def test_killed_and_resumed_equals_straight(material, straight, tmp_path):
     run_dir = tmp_path / "run"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
