@@ -161,6 +161,11 @@ def partners(rows, copies):
     return partner_N, (1 / drawn_N).astype(np.float32)
 
 
+def completion_lengths(rows):
+    """Tokens of each row's completion, with the end of sequence, `[N]`."""
+    return np.concatenate([block["is_target"].sum(1) for block in rows.iter(1000)])
+
+
 def check_outcomes(data, name):
     """Refuse data from which no value can be learnt.
 
@@ -173,7 +178,7 @@ def check_outcomes(data, name):
     reward_N = np.array(data.train["reward"][:])
     if reward_N.min() == reward_N.max():
         raise UsageError(f"--data {name}: all {len(reward_N)} rewards are {reward_N[0]:g}; a value needs right and wrong records")
-    length_N = np.concatenate([block["is_target"].sum(1) for block in data.train.iter(1000)])  # with the end of sequence
+    length_N = completion_lengths(data.train)
     if (length_N < 3).any():
         row = f"training row {length_N.argmin() + 1} has a completion of {length_N.min() - 1} token(s)"
         raise UsageError(f"--data {name}: {row}; advantages compare the tokens of a completion, so at least 2")

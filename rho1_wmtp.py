@@ -54,7 +54,7 @@ from checkpoints import Checkpoints
 from data import batch_sizes, heldout_batches, load_batch, load_data, micro_batches
 from reference import Reference
 from runs import MetricsFile, Progress, StopSignal, Tracker, command_line, end_run, evaluate_heldout, make_optimizer, open_run
-from runs import record_run, report, write_whole
+from runs import area, record_run, report, write_whole
 
 # Shapes: B sequences, T positions, K heads, R ranks, N valid targets of a head in a micro-step, over all ranks together, in
 # the order rank, row, position: the same order on any number of ranks.
@@ -226,10 +226,7 @@ def target_weights(loss_KBT, ref_KBT, batch, key, args, ranks):
 
 def noise_auc(score_N, noise_N):
     """Probability that a noise token scores lower than a clean one, ties counted half: exact area under the curve."""
-    _, place_N, count = torch.unique(score_N, return_inverse=True, return_counts=True)
-    rank_N = (count.cumsum(0) - (count - 1) / 2)[place_N].double()  # from 1, the mean one of equal scores
-    noisy, clean = noise_N.sum().item(), (1 - noise_N).sum().item()
-    return 1 - (rank_N[noise_N > 0].sum().item() - noisy * (noisy + 1) / 2) / (noisy * clean)
+    return area(score_N, noise_N == 0)
 
 
 def rho1_metrics(told, args):

@@ -18,6 +18,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 
@@ -371,6 +372,15 @@ class Progress:
     def say(self, text):
         if not self.silent:
             self.bar.write(text, file=sys.stdout)
+
+
+def area(score_N, positive_N):
+    """Area under the curve: probability that a positive scores higher than a negative, ties half; nan without both kinds."""
+    score_N, positive_N = np.asarray(score_N, float), np.asarray(positive_N, bool)
+    values, place = np.unique(score_N, return_inverse=True)
+    counts = np.stack([np.bincount(place[positive_N == kind], minlength=len(values)) for kind in (False, True)])
+    pairs = counts[0].sum() * counts[1].sum()
+    return float((counts[1] * (np.cumsum(counts[0]) - counts[0] / 2)).sum() / pairs) if pairs else float("nan")
 
 
 @torch.no_grad()

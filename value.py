@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from common import IGNORE, UsageError, first_line
 from data import encode, heldout_batches, load_batch
-from outcomes import CORRECT
-from runs import write_whole
+from outcomes import CORRECT, completion_lengths
+from runs import area, write_whole
 
 
 class Evidence(nn.Module):
@@ -139,7 +139,8 @@ def load_value(value, file, kind):
         if there != kind:
             raise UsageError(f"--value-head {file}: holds a value of --value {there}, not {kind}")
         value.load_state_dict(load_file(file))
-        return {"value_fingerprint": hashlib.file_digest(open(file, "rb"), "sha256").hexdigest()[:16]}
+        with open(file, "rb") as opened:
+            return {"value_fingerprint": hashlib.file_digest(opened, "sha256").hexdigest()[:16]}
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UsageError(f"--value-head {file}: cannot be read into this model ({first_line(error)})") from None
 
@@ -165,7 +166,7 @@ def judge_value(critic, data, tokenizer, micro_batch_size, ranks, metrics_file, 
                  f"on its line {found['fault_line']:.3f} (chance {found['fault_line_chance']:.3f})")  # fmt: skip
         ranks.say(f"value     largest drop {', '.join(parts)}")
     if not found["auc"] > max(0.5, found["auc_position"]):
-        ranks.say("warning   V tells the outcome no better than the position alone: weights from it are noise")
+        ranks.say("warning   V tells the outcome no better than the position or a constant: weights from it are noise")
     metrics = {f"{name}/{key}": figure for key, figure in found.items() if figure == figure}
     metrics_file.write(step, metrics)
     return metrics
@@ -192,15 +193,6 @@ def write_sample(critic, token_weights, data, run_dir, args, ranks):
 
 
 # -------------------------------------------------------------------------------------------------------------- judgement
-def area(score_N, positive_N):
-    """Area under the curve: probability that a positive scores higher than a negative, ties half; nan without both kinds."""
-    score_N, positive_N = np.asarray(score_N, float), np.asarray(positive_N, bool)
-    values, place = np.unique(score_N, return_inverse=True)
-    counts = np.stack([np.bincount(place[positive_N == kind], minlength=len(values)) for kind in (False, True)])
-    pairs = counts[0].sum() * counts[1].sum()
-    return float((counts[1] * (np.cumsum(counts[0]) - counts[0] / 2)).sum() / pairs) if pairs else float("nan")
-
-
 def judge(value_NT, data, tokenizer):
     """How well V of every prefix of the held-out rows tells their outcome, beside predictors that know less.
 
@@ -215,7 +207,7 @@ def judge(value_NT, data, tokenizer):
     correct_N, length_N = reward_N > CORRECT, is_target_NT.sum(1)
     last_N = is_target_NT.shape[1] - 1 - is_target_NT[:, ::-1].argmax(1)
     end_N = value_NT[np.arange(len(last_N)), last_N]
-    train_N = np.concatenate([block["is_target"].sum(1) for block in data.train.iter(1000)])
+    train_N = completion_lengths(data.train)
     edges = np.unique(np.quantile(train_N, np.linspace(0, 1, 21)[1:-1]))
     bins = np.searchsorted(edges, train_N)
     sums, counts = (np.bincount(bins, weights, len(edges) + 1) for weights in (data.train["reward"][:], None))
