@@ -265,8 +265,7 @@ class MTPModel(nn.Module):
         layers[-1] = Heads([layers[-1], *extra_heads])
         self.causal_lm = causal_lm
         self.softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
-        rows = 2**23 // causal_lm.lm_head.weight.shape[0] // 128 * 128
-        self.chunk = max(128, rows)  # tokens whose logits exist at once: 32 MB
+        self.tile = None  # tokens and entries of the vocabulary whose logits exist at once; None: TILE
 
     @property
     def heads(self):
@@ -288,7 +287,7 @@ class MTPModel(nn.Module):
     def forward(self, x_BT, targets_KBT, with_correct=False):
         """Cross entropy of each target in nats, fp32, `[K, B, T]`, 0 where the target is `IGNORE`.
 
-        Heads 1..K run, K being the first size of `targets_KBT`. The logits exist for `chunk` tokens at a time; the
+        Heads 1..K run, K being the first size of `targets_KBT`. The logits exist in tiles of tokens and vocabulary; the
         backward makes them again. With `with_correct` a second `[K, B, T]` says where the most likely token is the
         target.
         """
@@ -297,56 +296,98 @@ class MTPModel(nn.Module):
         if torch.is_autocast_enabled(hidden.device.type):
             half = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(half), weight.to(half)
-        loss, correct = TokenLosses.apply(hidden, weight, targets, self.softcap, self.chunk, with_correct)
+        tile = self.tile or TILE.get(hidden.device.type, TILE["cuda"])
+        loss, correct = TokenLosses.apply(hidden, weight, targets, self.softcap, tile, with_correct)
         loss, correct = (v.unflatten(0, targets_KBT.shape).clone() for v in (loss, correct))  # FSDP2 wants no views out
         return (loss, correct) if with_correct else loss
 
 
+TILE = {"cpu": (1024, 4096), "cuda": (8192, 8192)}  # 16 MB: half of a CPU's cache; 256 MB: few kernels. Not measured on a GPU
+
+
 class TokenLosses(torch.autograd.Function):
-    """Cross entropy of every token through a shared unembedding, logits for `chunk` tokens at a time, in both directions.
+    """Cross entropy of every token through a shared unembedding, logits for a tile of tokens and vocabulary at a time.
 
     Unreduced, as weights may depend on the losses; so the backward makes the logits again (four products where a loss
-    reduced beforehand costs three). Sums and losses are fp32 whatever the type of the products. Soft-capping, gradients of
+    reduced beforehand costs three), unless one tile holds them all. Tokens without target, and in the backward those of
+    weight 0, are in no product. Sums and losses are fp32 whatever the type of the products. Soft-capping, gradients of
     a bf16 unembedding summed in fp32, and torch 2.11 are what `torch.nn.functional.linear_cross_entropy` lacks.
     """
 
     @staticmethod
-    def logits(hidden_ND, weight_VD, softcap):
-        logits = F.linear(hidden_ND, weight_VD).float()
+    def logits(hidden_ND, weight_VD, softcap, buffer=None):
+        if buffer is None:
+            logits = F.linear(hidden_ND, weight_VD).float()
+        else:  # fresh pages for every tile would cost as much as its exponentials
+            size = len(hidden_ND), len(weight_VD)
+            logits = torch.mm(hidden_ND, weight_VD.t(), out=buffer[: math.prod(size)].view(size)).float()
         return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N, softcap, chunk, with_correct):
-        ctx.softcap, ctx.chunk = softcap, chunk
-        totals, losses, corrects = [], [], []
-        for hidden, targets in zip(hidden_ND.split(chunk), targets_N.split(chunk)):
-            logits = TokenLosses.logits(hidden, weight_VD, softcap)
-            totals.append(logits.logsumexp(-1))
-            chosen = logits.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
-            losses.append((totals[-1] - chosen).masked_fill_(targets == IGNORE, 0.0))
-            corrects.append(logits.argmax(-1) == targets if with_correct else targets == IGNORE)
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, torch.cat(totals))
-        correct = torch.cat(corrects)
-        ctx.mark_non_differentiable(correct)
-        return torch.cat(losses), correct
+    def tiles(mask_N, vocabulary, tile):
+        """Groups of the tokens in the mask, spans of the vocabulary, and whether one tile holds all logits."""
+        compiled = torch.compiler.is_compiling()  # sizes must be known then: every token is in the products
+        rows_M = torch.arange(len(mask_N), device=mask_N.device) if compiled else mask_N.nonzero()[:, 0]
+        whole = len(rows_M) * vocabulary <= math.prod(tile)
+        tokens, width = (max(1, len(rows_M)), vocabulary) if whole else tile
+        return rows_M.split(tokens), [slice(v, min(v + width, vocabulary)) for v in range(0, vocabulary, width)], whole
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, targets_N, softcap, tile, with_correct):
+        groups, spans, whole = TokenLosses.tiles(targets_N != IGNORE, len(weight_VD), tile)
+        ctx.softcap, ctx.tile, ctx.whole, kept = softcap, tile, whole, None
+        total_N, loss_N = hidden_ND.new_zeros(2, len(targets_N), dtype=torch.float32)
+        correct_N = torch.zeros_like(targets_N, dtype=torch.bool)
+        buffer = hidden_ND.new_empty(len(groups[0]) * (spans[0].stop - spans[0].start))
+        for rows in groups:
+            hidden, targets = hidden_ND[rows], targets_N[rows, None]
+            best = chosen = total_N.new_full((len(rows), 1), -math.inf)  # largest logit so far; the target's
+            total, token = torch.zeros_like(best), torch.zeros_like(targets)  # sum of exp(logit - best); the largest one's
+            for span in spans:
+                logits = TokenLosses.logits(hidden, weight_VD[span], softcap, buffer)
+                kept = logits.clone() if whole else None
+                here = (targets >= span.start) & (targets < span.stop)
+                place = (targets - span.start).clamp(0, logits.shape[1] - 1)
+                chosen = torch.where(here, logits.gather(-1, place), chosen)
+                if with_correct:
+                    value, place = logits.max(-1, keepdim=True)
+                    token = torch.where(value > best, place + span.start, token)
+                before, best = best, torch.maximum(best, logits.amax(-1, keepdim=True))
+                total = total * (before - best).exp() + logits.sub_(best).exp_().sum(-1, keepdim=True)
+            total_N[rows] = (best + total.log())[:, 0]
+            loss_N[rows] = total_N[rows] - chosen[:, 0]
+            correct_N[rows] = (token == targets)[:, 0]
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, total_N, kept)
+        ctx.mark_non_differentiable(correct_N)
+        return loss_N.masked_fill_(targets_N == IGNORE, 0.0), correct_N
 
     @staticmethod
     def backward(ctx, grad_N, _):
-        hidden_ND, weight_VD, targets_N, total_N = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD, dtype=torch.float32)
-        grad_N = grad_N.masked_fill(targets_N == IGNORE, 0.0)
-        for start in range(0, len(targets_N), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            hidden, grad, target = hidden_ND[part], grad_N[part, None], targets_N[part, None].clamp(min=0)
-            logits = TokenLosses.logits(hidden, weight_VD, ctx.softcap)
-            slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2  # of the soft-capping
-            error = logits.sub_(total_N[part, None]).exp_().mul_(grad).scatter_add_(-1, target, -grad)  # softmax - one-hot
-            error = (error if slope is None else error.mul_(slope)).to(weight_VD.dtype)
-            torch.mm(error, weight_VD, out=grad_hidden[part])
-            if grad_weight.dtype == error.dtype:
-                grad_weight.addmm_(error.t(), hidden)
-            else:
-                grad_weight += error.t() @ hidden
+        hidden_ND, weight_VD, targets_N, total_N, kept = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.zeros_like(hidden_ND), torch.zeros_like(weight_VD, dtype=torch.float32)
+        mask_N = targets_N != IGNORE
+        grad_N = grad_N.masked_fill(~mask_N, 0.0)
+        groups, spans, _ = TokenLosses.tiles(mask_N if ctx.whole else grad_N != 0, len(weight_VD), ctx.tile)
+        buffer = hidden_ND.new_empty(0 if ctx.whole else len(groups[0]) * (spans[0].stop - spans[0].start))
+        for rows in groups:
+            hidden, targets, grad = hidden_ND[rows], targets_N[rows, None], grad_N[rows, None]
+            grad_rows = hidden.new_zeros(hidden.shape, dtype=torch.float32)
+            for span in spans:
+                weight = weight_VD[span]
+                logits = kept.clone() if ctx.whole else TokenLosses.logits(hidden, weight, ctx.softcap, buffer)
+                slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2  # of the soft-capping
+                here = (targets >= span.start) & (targets < span.stop)
+                place = (targets - span.start).clamp(0, logits.shape[1] - 1)
+                error = logits.sub_(total_N[rows, None]).exp_().mul_(grad)  # softmax - one-hot
+                error = error.scatter_add_(-1, place, -grad * here)
+                error = (error if slope is None else error.mul_(slope)).to(weight_VD.dtype)
+                if error.dtype == torch.float32:
+                    grad_rows.addmm_(error, weight)
+                    grad_weight[span].addmm_(error.t(), hidden)
+                else:
+                    grad_rows += error @ weight
+                    grad_weight[span] += error.t() @ hidden
+            grad_hidden[rows] = grad_rows.to(hidden.dtype)
         return grad_hidden, grad_weight.to(weight_VD.dtype), None, None, None, None
 
 

@@ -155,13 +155,17 @@ class Args:
 
 
 # ---------------------------------------------------------------------------------------------------------- held-out text
+LOGITS = 2**23  # that exist at once: 32 MB
+
+
 def token_figures(model, x_BT, targets_KBT):
     """Of every valid target: loss (nats), whether most likely, whether among the five most likely, largest probability.
 
     Returns `[4, K, B, T]` fp32, NaN where there is no target.
     """
     hidden, out = model.hidden(x_BT, targets_KBT.shape[0]).flatten(0, -2), []
-    for states, target in zip(hidden.split(model.chunk), targets_KBT.flatten().split(model.chunk)):
+    rows = max(1, LOGITS // model.causal_lm.lm_head.weight.shape[0])
+    for states, target in zip(hidden.split(rows), targets_KBT.flatten().split(rows)):
         logp = TokenLosses.logits(states, model.causal_lm.lm_head.weight, model.softcap).log_softmax(-1)
         chosen, (top, most_likely) = logp.gather(-1, target.clamp(min=0)[:, None]), logp.max(-1)
         figures = [-chosen[:, 0], most_likely == target, (logp > chosen).sum(-1) < 5, top.exp()]

@@ -220,12 +220,13 @@ def test_a_loss_that_is_not_finite_is_told(trained, monkeypatch, tmp_path, capsy
     assert "head 3 is not finite" in capsys.readouterr().err
 
 
-def test_a_chunk_of_the_unembedding_changes_nothing(trained):
+def test_parts_of_the_unembedding_change_nothing(trained, monkeypatch):
     model, plain, tokenizer, rows = load(trained)
     batch = next(data.heldout_batches(rows, 4, 3, common.Ranks()))
     with torch.no_grad():
         whole = evaluate.token_figures(model, batch.x_BT, batch.targets_KBT)
-        model.chunk = 37
+        monkeypatch.setattr(evaluate, "LOGITS", 37 * 259)
+        model.tile = 37, 100
         parts = evaluate.token_figures(model, batch.x_BT, batch.targets_KBT)
         loss_KBT, correct_KBT = model(batch.x_BT, batch.targets_KBT, with_correct=True)
     assert torch.allclose(whole, parts, atol=1e-6, equal_nan=True)

@@ -285,8 +285,10 @@ def far(a, b):
     return ((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item()
 
 
-def check_loss(model, config, x_BT, targets_KBT):
-    weight_KBT = torch.rand(targets_KBT.shape, generator=torch.Generator().manual_seed(3)) * 2
+def check_loss(model, config, x_BT, targets_KBT, zeros=0.0):
+    generator = torch.Generator().manual_seed(3)
+    weight_KBT = torch.rand(targets_KBT.shape, generator=generator) * 2
+    weight_KBT[torch.rand(targets_KBT.shape, generator=generator) < zeros] = 0.0
     expected_KBT, logits_KBTV, gradients = oracle(model, config, x_BT, targets_KBT, weight_KBT.double())
     assert logits_KBTV.std() > 0.3
     loss_KBT = model(x_BT, targets_KBT)
@@ -299,13 +301,14 @@ def check_loss(model, config, x_BT, targets_KBT):
     for name, p in parameters.items():
         assert gradients[name].norm() > 1e-6, name  # a gradient of nothing would agree with anything
         assert far(p.grad, gradients[name]) < 1e-5, name
+    return weight_KBT
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize(("num_heads", "chunk"), [(1, 10), (2, 5), (4, 256), (8, 11)])
-def test_losses_and_gradients_against_float64(num_heads, chunk, tied):
+@pytest.mark.parametrize(("num_heads", "tile"), [(1, (10, 64)), (2, (5, 7)), (4, (256, 256)), (8, (11, 33))])
+def test_losses_and_gradients_against_float64(num_heads, tile, tied):
     model = make_model("llama", num_heads, tied, num_hidden_layers=8)  # 8 heads of 8 layers: no trunk is left
-    model.chunk = chunk
+    model.tile = tile
     config = make_config("llama", tied, num_hidden_layers=8 - num_heads + 1)
     check_loss(model, config, tokens(3, 13), make_targets(num_heads, 3, 13))
 
@@ -313,9 +316,29 @@ def test_losses_and_gradients_against_float64(num_heads, chunk, tied):
 @each_variant
 def test_losses_and_gradients_of_every_family_against_float64(family, tied):
     model = make_model(family, 3, tied)
-    model.chunk = 16  # of 117
+    model.tile = 16, 20  # of 117 tokens
     kept = make_config(family).num_hidden_layers - 2
     check_loss(model, make_config(family, tied, num_hidden_layers=kept), tokens(3, 13), make_targets(3, 3, 13))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("tile", [(10, 20), (256, 256)])
+def test_tokens_without_target_or_weight_are_in_no_product(family, tile, monkeypatch):
+    model, targets_KBT, sizes, real = make_model(family, 3), make_targets(3, 3, 13), [], common.TokenLosses.logits
+
+    def counted(hidden_ND, weight_VD, *rest):
+        sizes.append(len(hidden_ND) * len(weight_VD))
+        return real(hidden_ND, weight_VD, *rest)
+
+    monkeypatch.setattr(common.TokenLosses, "logits", counted)
+    model.tile = tile
+    kept = make_config(family).num_hidden_layers - 2
+    weight_KBT = check_loss(model, make_config(family, num_hidden_layers=kept), tokens(3, 13), targets_KBT, zeros=0.4)
+    valid = (targets_KBT != IGNORE).sum().item()
+    used = ((targets_KBT != IGNORE) & (weight_KBT > 0)).sum().item()
+    assert 0.4 * valid < used < 0.8 * valid < 0.7 * targets_KBT.numel()
+    assert sum(sizes) == 97 * (valid if tile == (256, 256) else valid + used)  # one tile is kept for the backward
+    assert max(sizes) <= tile[0] * tile[1]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -333,10 +356,10 @@ def test_fewer_active_heads_are_the_first_ones(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-@pytest.mark.parametrize("chunk", [10, 256])
-def test_with_correct_says_where_the_most_likely_token_is_the_target(family, chunk):
+@pytest.mark.parametrize("tile", [(10, 9), (256, 256)])
+def test_with_correct_says_where_the_most_likely_token_is_the_target(family, tile):
     model, x_BT = make_model(family, 3), tokens(3, 7)
-    model.chunk = chunk
+    model.tile = tile
     config = make_config(family, num_hidden_layers=make_config(family).num_hidden_layers - 2)
     targets_KBT = make_targets(3, 3, 7)
     _, logits_KBTV, _ = oracle(model, config, x_BT, targets_KBT, torch.ones(targets_KBT.shape))
@@ -364,7 +387,7 @@ def test_half_precision_rounds_the_products_and_nothing_else(family):
     weight_KBT = torch.rand(targets_KBT.shape, generator=torch.Generator().manual_seed(3)) * 2
     half = common.Ranks(dtype=torch.bfloat16)
     model, other = make_model(family, 3), make_model(family, 3)
-    model.chunk = 16
+    model.tile = 16, 20
     with half.autocast():
         loss_KBT = model(x_BT, targets_KBT)
         logits_KBTV = head_logits(other, x_BT, 3)  # soft-capped in bf16 where there is a cap: looser below
@@ -421,7 +444,7 @@ def test_agrees_with_linear_cross_entropy_of_torch():
     x_BT, targets_KBT = tokens(3, 7), make_targets(3, 3, 7)
     weight_KBT = torch.rand(targets_KBT.shape, generator=torch.Generator().manual_seed(3))
     model = make_model("llama", 3)
-    model.chunk = 10
+    model.tile = 10, 20
     loss_KBT = model(x_BT, targets_KBT)
     (weight_KBT * loss_KBT).sum().backward()
     other = make_model("llama", 3)
