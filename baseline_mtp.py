@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import manual  # noqa: F401 -- first: answers --help without torch
 import torch
 
 from common import IGNORE, UsageError, active_heads, build_model, clip_gradients, rank_share, run_script, save_model

@@ -37,6 +37,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import manual  # noqa: F401 -- first: answers --help without torch
 import numpy as np
 import torch
 import torch.nn.functional as F

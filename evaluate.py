@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import manual  # noqa: F401 -- first: answers --help without torch
 import numpy as np
 import torch
 import transformers
