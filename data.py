@@ -203,14 +203,15 @@ def _stdlib():
     root = Path(sysconfig.get_paths()["stdlib"])
     without = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings", "pydoc_data",
                "site-packages", "dist-packages", "__pycache__"}  # fmt: skip
-    texts = []
-    for file in sorted(root.rglob("*.py")):
-        parts = file.relative_to(root).parts
-        if not without & set(parts) and not parts[0].startswith("config-"):
-            try:
-                texts.append(file.read_bytes().decode("utf-8").replace("\r\n", "\n"))
-            except (OSError, UnicodeDecodeError):
-                continue
+    files, texts = [], []
+    for folder, folders, names in os.walk(root):  # site-packages, often ten times the rest, is never walked through
+        folders[:] = [f for f in folders if f not in without and not (Path(folder) == root and f.startswith("config-"))]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    for file in sorted(files):
+        try:
+            texts.append(file.read_bytes().decode("utf-8").replace("\r\n", "\n"))
+        except (OSError, UnicodeDecodeError):
+            continue
     texts = [t for t in texts if t.strip()]
     if len(texts) < 100:
         raise UsageError(f"--data stdlib: only {len(texts)} source files under {root}; give --data a file instead")
