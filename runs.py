@@ -265,46 +265,51 @@ def make_optimizer(model, lr, weight_decay):
 
 # ---------------------------------------------------------------------------------------------- tracking, progress, report
 class Tracker:
-    """MLflow (a SQLite file beside the run directories) or wandb. If it fails, training goes on and one line says so."""
+    """MLflow (a SQLite file beside the run directories) or wandb. If it fails, training goes on and one line says so.
+
+    It is opened with the first metrics that go out, 10 s into the run: loading MLflow and making its file take longer than all
+    else between the imports and the first update.
+    """
 
     def __init__(self, kind, run_dir, args, ranks):
-        self.kind, self.pending, self.sent = kind if ranks.rank == 0 else "none", [], time.time()
-        record = run_dir / "tracker.json"  # a resumed run goes on in the same record
+        self.kind, self.run_dir, self.args = kind if ranks.rank == 0 else "none", run_dir, args
+        self.id, self.pending, self.began, self.sent = None, [], int(time.time() * 1000), time.time()
+        self.commit = commit() if self.kind != "none" else {}  # asks git: not on every rank; now, as these sources are what runs
+
+    def open(self):
+        """Find or make the run's record and send arguments and tags."""
+        record = self.run_dir / "tracker.json"  # a resumed run goes on in the same record
         known = json.loads(record.read_text()) if record.exists() else {}
-        tags = {"run": run_dir.name, "seed": str(args.seed)}
-        if self.kind != "none":  # asks git: not on every rank
-            tags |= {k: str(v) for k, v in commit().items()}
-        with self.guarded():
-            if self.kind == "mlflow":
-                quick = dict(
-                    MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_HTTP_REQUEST_MAX_RETRIES="2", MLFLOW_HTTP_REQUEST_TIMEOUT="20"
-                )
-                os.environ.update({k: v for k, v in quick.items() if k not in os.environ})
-                import mlflow
+        tags = {"run": self.run_dir.name, "seed": str(self.args.seed)} | {k: str(v) for k, v in self.commit.items()}
+        if self.kind == "mlflow":
+            quick = dict(MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_HTTP_REQUEST_MAX_RETRIES="2", MLFLOW_HTTP_REQUEST_TIMEOUT="20")
+            os.environ.update({k: v for k, v in quick.items() if k not in os.environ})
+            import mlflow
 
-                for noisy in ("alembic", "mlflow"):
-                    logging.getLogger(noisy).setLevel(logging.WARNING)
-                runs = run_dir.parent.resolve()
-                self.uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{runs}/mlflow.db")
-                self.client = mlflow.MlflowClient(self.uri)
-                found = self.client.get_experiment_by_name("wmtp")
-                place = f"{runs.as_uri()}/mlartifacts"
-                number = found.experiment_id if found else self.client.create_experiment("wmtp", place)
-                if "mlflow" in known:
-                    self.client.update_run(known["mlflow"], status="RUNNING")
-                self.id = known.get("mlflow") or self.client.create_run(number, tags=tags, run_name=run_dir.name).info.run_id
-                if "mlflow" not in known:
-                    self.client.log_batch(self.id, params=[mlflow.entities.Param(k, str(v)[:500]) for k, v in vars(args).items()])
-            elif self.kind == "wandb":
-                import wandb
+            for noisy in ("alembic", "mlflow"):
+                logging.getLogger(noisy).setLevel(logging.WARNING)
+            runs = self.run_dir.parent.resolve()
+            self.uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{runs}/mlflow.db")
+            self.client = mlflow.MlflowClient(self.uri)
+            found = self.client.get_experiment_by_name("wmtp")
+            number = found.experiment_id if found else self.client.create_experiment("wmtp", f"{runs.as_uri()}/mlartifacts")
+            if "mlflow" in known:
+                self.id = known["mlflow"]
+                self.client.update_run(self.id, status="RUNNING")
+            else:
+                made = self.client.create_run(number, start_time=self.began, tags=tags, run_name=self.run_dir.name)
+                self.id = made.info.run_id
+                params = [mlflow.entities.Param(k, str(v)[:500]) for k, v in vars(self.args).items()]
+                self.client.log_batch(self.id, params=params)
+        elif self.kind == "wandb":
+            import wandb
 
-                has_key = os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists()
-                mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-                self.id = known.get("wandb") or hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
-                self.run = wandb.init(project="wmtp", name=run_dir.name, id=self.id, resume="allow", dir=str(run_dir), mode=mode,
-                                      config=vars(args), tags=[f"{k}:{v}"[:64] for k, v in tags.items()])  # fmt: skip
-            if self.kind != "none":
-                write_whole(record, json.dumps(known | {self.kind: self.id}))
+            has_key = os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists()
+            mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+            self.id = known.get("wandb") or hashlib.sha256(str(self.run_dir.resolve()).encode()).hexdigest()[:16]
+            self.run = wandb.init(project="wmtp", name=self.run_dir.name, id=self.id, resume="allow", dir=str(self.run_dir),
+                                  mode=mode, config=vars(self.args), tags=[f"{k}:{v}"[:64] for k, v in tags.items()])  # fmt: skip
+        write_whole(record, json.dumps(known | {self.kind: self.id}))
 
     @contextlib.contextmanager
     def guarded(self):
@@ -323,6 +328,8 @@ class Tracker:
     def send(self):
         pending, self.pending, self.sent = self.pending, [], time.time()
         with self.guarded():
+            if self.kind != "none" and not self.id:
+                self.open()
             if self.kind == "mlflow":
                 from mlflow.entities import Metric
 
