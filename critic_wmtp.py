@@ -161,8 +161,7 @@ class Args:
         limits |= dict.fromkeys(("value_steps", "value_lr", "value_coef", "pair_coef"), (0, 1e9)) | dict(max_weight=(1, 1e9))
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
-                flag = name.rstrip("_").replace("_", "-")
-                raise UsageError(f"--{flag} {getattr(self, name)}: from {least:g} to {most:g}")
+                raise UsageError(f"--{name.rstrip('_').replace('_', '-')} {getattr(self, name)}: from {least:g} to {most:g}")
         if self.condition_on_outcome and (self.lambda_ < 1 or self.train_on == "correct"):
             raise UsageError("--condition-on-outcome: it would tell V the outcome, so use no weights: --lambda 1 --train-on all")
         if self.value == "shared" and self.value_coef == 0 and self.lambda_ < 1:

@@ -12,8 +12,8 @@ import sys
 import tyro
 
 
-def names_in(node):
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+def names_in(node, context=ast.Load):
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, context)}
 
 
 def parts_of_args(source):
@@ -28,7 +28,7 @@ def parts_of_args(source):
         elif isinstance(node, ast.ClassDef | ast.FunctionDef):
             made[node.name] = node
         elif isinstance(node, ast.Assign | ast.AnnAssign):
-            made |= {name: node for name in names_in(node) if name not in made}
+            made |= {name: node for name in names_in(node, ast.Store) if name not in made}
     wanted, needed = {"Args"}, set()
     while missing := (wanted & made.keys()) - needed:
         needed |= missing

@@ -91,7 +91,8 @@ def trainer(text, model, folder, tracker, num_rows):
         transformers.Trainer(causal_lm, transformers.TrainingArguments(**settings), eval_dataset=rows).evaluate()
         return print("first result", file=sys.__stdout__, flush=True)
     causal_lm = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(model))
-    transformers.Trainer(causal_lm, transformers.TrainingArguments(**settings), train_dataset=rows, callbacks=[Callback()]).train()
+    arguments = transformers.TrainingArguments(**settings)
+    transformers.Trainer(causal_lm, arguments, train_dataset=rows, callbacks=[Callback()]).train()
 
 
 def split(data, folder):
@@ -107,7 +108,7 @@ def split(data, folder):
     import torch  # noqa: F401
 
     passed("import torch")
-    import transformers
+    import transformers  # noqa: F401
 
     passed("import transformers")
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
@@ -301,7 +302,7 @@ def main():
         names, turn = list(forms), number % len(forms)
         for name in names[turn:] + names[:turn]:
             taken, used, read = forms[name](number)
-            print(f"round {number} of {args.rounds}  {name:<60} {' '.join(f'{s:.2f}' for s in taken)}  CPU {used:.2f}", flush=True)
+            print(f"round {number} of {args.rounds}  {name:<60} {taken[-1]:7.2f}  CPU {used:7.2f}", flush=True)
             if number:
                 seconds[name].append(taken)
                 cpu[name].append(used)
