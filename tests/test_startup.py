@@ -1,13 +1,17 @@
-"""The manual without torch: the same text as the slow way, for any Args that a script may have."""
+"""Start-up: the manual without torch is that of the slow way; the tracker opens behind the first updates."""
 
 import os
+import sqlite3
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
+import common
 import manual
+import runs
 
 ROOT = Path(__file__).parents[1]
 SLOW = "import sys; sys.argv = ['{name}.py', '--help']; sys.path.insert(0, '{root}')\n" \
@@ -103,3 +107,19 @@ def test_another_program_that_imports_a_script_prints_its_own_help(tmp_path):
     (tmp_path / "other.py").write_text("import manual\n".replace("import", "if True: import") + "print('mine')\n")
     assert run(tmp_path / "other.py", "--help").stdout == "mine\n"
     assert manual.parts_of_args("x = 1\n") == (None, None)
+
+
+def test_the_tracker_opens_with_the_first_metrics_that_go_out(tmp_path, monkeypatch):
+    """Nothing is made before; then the points of all updates are there, and the record began when training did."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "runs/one").mkdir(parents=True)
+    tracker = runs.Tracker("mlflow", tmp_path / "runs/one", types.SimpleNamespace(seed=3), common.Ranks())
+    tracker.log(1, {"loss": 2.5})
+    assert not (tmp_path / "runs/mlflow.db").exists()
+    tracker.sent -= 11  # as if so many seconds had gone by
+    tracker.log(2, {"loss": 1.5})
+    with sqlite3.connect(tmp_path / "runs/mlflow.db") as file:
+        points = file.execute("select step, value, timestamp from metrics order by step").fetchall()
+        ((start, status),) = file.execute("select start_time, status from runs").fetchall()
+    assert [point[:2] for point in points] == [(1, 2.5), (2, 1.5)]
+    assert status == "RUNNING" and start <= points[0][2]
