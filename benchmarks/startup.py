@@ -262,10 +262,10 @@ def show(record):
         return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
     for name in names:
-        for sign, values in zip(("first measured batch", ""), zip(*record["seconds"][name])):
-            start = f"{name}, {sign}" if len(record["seconds"][name][0]) > 1 and sign else name
-            last = values == tuple(round_[-1] for round_ in record["seconds"][name])
-            print(f"| {start} | {told(values)} | {told(record['cpu_seconds'][name]) if last else ''} |")
+        *before, last = zip(*record["seconds"][name])
+        for values in before:
+            print(f"| {name}, first measured batch | {told(values)} |  |")
+        print(f"| {name} | {told(last)} | {told(record['cpu_seconds'][name])} |")
     if record["parts"]:
         print(f"\n| part of `python baseline_mtp.py` | clock, s |\n{'|---' * 2}|")
         for part in record["parts"][0]:
