@@ -1,10 +1,12 @@
 """Cost of a training step: the baseline, rho1 with reference losses from their file or computed in the step, the critic.
 
     python benchmarks/step_cost.py [--rounds 5] [--steps 60] [--device auto]
+    python benchmarks/step_cost.py --model FOLDER/config.json --batch-size 1 --steps 20 --forms baseline "rho1, token_skip"
 
-The scripts themselves run, taking turns: 4 heads, batch 4 x 256 bytes, the default model, a reference of its size with 1 head,
+The scripts themselves run, taking turns: 4 heads, batch 4 x 256 tokens, the default model, a reference of its size with 1 head,
 noise 0.3 (with noise the detector's area is computed too). The critic and a baseline of its own train on records of stdlib-bugs,
-half of them wrong and so without targets. A step's seconds are those of `perf/tokens_per_s`; the first ten of a run are left out.
+half of them wrong and so without targets. A config.json beside a tokenizer shows what a large vocabulary changes.
+A step's seconds are those of `perf/tokens_per_s`; the first ten of a run are left out.
 A round's figure is the median over its steps; the table gives medians over rounds, and the median of the ratios within a round.
 Prints a table and writes step_cost.json.
 """
@@ -21,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-BATCH, LENGTH = 4, 256
+LENGTH = 256
 
 
 def main():
@@ -29,6 +31,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--forms", nargs="+", help="which of the forms; empty: all")
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "step_cost.json"))
     args = parser.parse_args()
     import torch
@@ -38,13 +43,14 @@ def main():
     from runs import commit, versions
 
     folder = Path(tempfile.mkdtemp(prefix="step_cost-"))
-    texts = data._stdlib()[::20]  # few, as every run ends with a look at the held-out ones
+    texts = data._stdlib()[:: 20 if args.model == "tiny" else 200]  # few, as every run ends with a look at the held-out ones
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     records = bugs.make_records(texts)
     rows = [dict(zip(records, values)) for values in zip(*(records[c] for c in ("prompt", "completion", "reward")))]
     (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = ["--seq-len", LENGTH, "--batch-size", BATCH, "--tracker", "none", "--save-every", 0]
-    common += ["--device", args.device, "--mtp-schedule", "constant"]
+    model = args.model if args.model == "tiny" else Path(args.model).resolve()
+    common = ["--seq-len", LENGTH, "--batch-size", args.batch_size, "--tracker", "none", "--save-every", 0]
+    common += ["--device", args.device, "--mtp-schedule", "constant", "--model", model]
     text, judged = ["--data", folder / "text.jsonl"], ["--data", folder / "records.jsonl"]
     rho1 = ["rho1_wmtp.py", *text, "--noise-frac", 0.3, "--ref-model", folder / "reference"]
     variants = {
@@ -56,6 +62,7 @@ def main():
     }
     for kind in ("shared", "frozen", "separate"):
         variants[f"critic, --value {kind}"] = ["critic_wmtp.py", *judged, "--value", kind, "--value-steps", 1]
+    variants = {name: words for name, words in variants.items() if name in (args.forms or variants)}
 
     def run(script, *words):
         command = [sys.executable, ROOT / script, *common, *words]
@@ -71,13 +78,13 @@ def main():
             run_dir = folder / f"{name} {number}"
             run(*variants[name], "--max-steps", args.steps, "--run-dir", run_dir)
             lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-            steps = [BATCH * LENGTH / line["perf/tokens_per_s"] for line in lines if "perf/tokens_per_s" in line]
+            steps = [args.batch_size * LENGTH / line["perf/tokens_per_s"] for line in lines if "perf/tokens_per_s" in line]
             seconds[name].append(statistics.median(steps[10:]))
             print(f"round {number + 1} of {args.rounds}  {name:<30} {seconds[name][-1] * 1e3:8.1f} ms a step", flush=True)
     rows = []
     for name, values in seconds.items():
         base = "baseline, records" if name.startswith(("critic", "baseline, records")) else "baseline"
-        ratios = [a / b for a, b in zip(values, seconds[base])]
+        ratios = [a / b for a, b in zip(values, seconds.get(base, values))]
         rows.append(
             dict(
                 form=name, seconds=statistics.median(values), baseline=base, to_baseline=statistics.median(ratios), ratios=ratios
@@ -88,7 +95,9 @@ def main():
     machine = dict(
         device=device or platform.machine(), cores=len(os.sched_getaffinity(0)), products=products, versions=versions()
     )
-    record = dict(command=" ".join(["python", *sys.argv]), **commit(), **machine, rows=rows)
+    words = [Path(word).name if word == args.model else word for word in sys.argv[1:]]
+    shape = {} if args.model == "tiny" else json.loads(model.read_text())
+    record = dict(command=" ".join(["python benchmarks/step_cost.py", *words]), **commit(), **machine, model=shape, rows=rows)
     Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
     print(f"\n| form | ms a step | to baseline (min to max) |\n{'|---' * 3}|")
     for r in rows:
