@@ -204,7 +204,6 @@ def worker(form, tokens, width, layers, device):
     """Prints the error on the small case, then answers each line `memory V H` or `time V H` with MB or seconds."""
     import torch
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     try:
         print(json.dumps(dict(error=largest_error(form, layers, device))), flush=True)
     except Exception as error:  # a peer's failure is an entry of the table
@@ -289,24 +288,17 @@ def measure(what, forms, cases, layers, args):
 
 def print_tables(results):
     """One table a section: a row for each form, a column for each vocabulary and number of heads."""
-    titles = dict(
-        memory="Peak MB", time="Seconds a step, median (least to most)", layers="Under H layers: peak MB; seconds a step"
-    )
+    titles = dict(memory="Peak MB", time="Seconds a step, median (least to most)", layers="H layers: peak MB; seconds a step")
     for section in [name for name in titles if name in results]:
         found = results[section]
         rows = {(r["form"], r["vocabulary"], r["heads"]): r for r in found["rows"]}
-        cases = sorted({key[1:] for key in rows})
+        cases = list(dict.fromkeys(key[1:] for key in rows))
         print(f"\n{titles[section]}; {found['tokens']:,} tokens a head, width {found['width']}, {found['machine']}\n")
-        print(
-            "| form | "
-            + " | ".join(f"V = {v:,}, H = {h}" for v, h in cases)
-            + " | error |\n|---" * 1
-            + "|---" * (len(cases) + 1)
-            + "|"
-        )
+        print(f"| form | {' | '.join(f'V = {v:,}, H = {h}' for v, h in cases)} | error |\n{'|---' * (len(cases) + 2)}|")
         for form in [form for form in FORMS if any(key[0] == form for key in rows)]:
             of_form = [rows[form, *case] for case in cases]
-            print(f"| {FORMS[form]} | " + " | ".join(cell(row) for row in of_form) + f" | {of_form[0].get('error', 0):.0e} |")
+            error = f"{of_form[0]['error']:.0e}" if "error" in of_form[0] else ""
+            print(f"| {FORMS[form]} | {' | '.join(map(cell, of_form))} | {error} |")
 
 
 def cell(row):
@@ -317,7 +309,7 @@ def cell(row):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="memory, time, layers (default: these three), tables")
+    parser.add_argument("what", nargs="*", metavar="memory|time|layers|tables", help="default: the first three")
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[256, 32000, 128256])
     parser.add_argument("--heads", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--timed", nargs="+", default=TIMED, metavar="V:H")
@@ -332,6 +324,8 @@ def main():
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker[0], args.tokens, args.width, "layers" in args.worker, args.device)
+    if unknown := set(args.what) - {"memory", "time", "layers", "tables"}:
+        parser.error(f"{' '.join(unknown)}: memory, time, layers or tables")
     import torch
 
     from runs import commit, versions
@@ -341,7 +335,8 @@ def main():
 
     cases = dict(memory=[(v, h) for v in args.vocabularies for h in args.heads], time=pairs(args.timed))
     alone, out = [form for form in args.forms if form != "ours, recompute"], Path(args.out)
-    results = json.loads(out.read_text()) if out.exists() else {}
+    before = json.loads(out.read_text()) if out.exists() else {}
+    results = {name: before[name] for name in ("memory", "time", "layers") if name in before}  # what is not measured anew stays
     if args.device == "cuda":
         machine = torch.cuda.get_device_name()
     else:
