@@ -2,8 +2,8 @@
 
     python benchmarks/growth.py [--axes seq_len heads vocabulary ranks data] [--rounds 5] [--threads 1]
 
-Ours is `baseline_mtp.main` as it stands; its seconds are those of `perf/tokens_per_s`. Only `vocabulary` steps the model, loss and
-optimizer of the script directly on random tokens, as a vocabulary needs a tokenizer of its size. The peer is a bare loop on
+Ours is `baseline_mtp.main` as it stands; its seconds are those of `perf/tokens_per_s`. Only `vocabulary` steps the model, loss
+and optimizer of the script directly on random tokens, as a vocabulary needs a tokenizer of its size. The peer is a bare loop on
 the same transformer, batch and optimizer settings, with the logits of all heads at once; on ranks its model is wrapped in
 DistributedDataParallel, and on data sizes `datasets.load_dataset` and `map` make its rows.
 
@@ -15,7 +15,7 @@ DistributedDataParallel, and on data sizes `datasets.load_dataset` and `map` mak
     data        1, 10, 100 MB of documents of 2 kB: opened first, opened again, resident when the first step is done
 
 Every setting is a forked process that waits; in a round each does --steps updates in turn, the order moving on by one. The
-first 10 updates are not counted (vocabulary: 2). Opening the data takes --data-rounds fresh caches, in turn. Figures are
+first --uncounted updates are left out (vocabulary: 2). Opening the data takes --data-rounds fresh caches, in turn. Figures are
 medians over rounds (least to most). MB above rest: peak resident size in those first updates above the size before them, so
 activations and gradients. Exponent: slope of a least-squares line through the logarithms of medians and of x; theory's is that
 of counted FLOPs at the same x, or a power that the table names. FLOPs: torch.utils.flop_counter over forward and backward, with
@@ -24,7 +24,6 @@ Prints Markdown tables, writes growth.json and growth.png.
 """
 
 import argparse
-import functools
 import io
 import json
 import multiprocessing
@@ -57,6 +56,7 @@ import data  # noqa: E402
 from common import IGNORE  # noqa: E402
 from runs import commit, make_optimizer, versions  # noqa: E402
 
+transformers.LlamaForCausalLM  # noqa: B018  # loaded here, so that no forked process has to
 AXES = {"seq_len": "tokens a row", "heads": "heads", "vocabulary": "vocabulary", "ranks": "ranks", "data": "MB of text"}
 SIZES = dict(hidden_size=128, intermediate_size=352, num_attention_heads=2, max_position_embeddings=2048,
              tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, bos_token_id=None)  # fmt: skip
@@ -93,8 +93,8 @@ class Turns:
 def run_script(pipe, uncounted, folder, num_heads, **arguments):
     """`baseline_mtp.main` itself, stopped after each turn."""
     opened, text, load_data = {}, io.StringIO(), baseline_mtp.load_data
-    args = baseline_mtp.Args(num_heads=num_heads, mtp_schedule="constant", tracker="none", save_every=0, device="cpu", dtype="fp32",
-                             max_steps=10**6, run_dir=str(folder), **arguments)  # fmt: skip
+    args = baseline_mtp.Args(num_heads=num_heads, mtp_schedule="constant", tracker="none", save_every=0, device="cpu",
+                             dtype="fp32", max_steps=10**6, run_dir=str(folder), **arguments)  # fmt: skip
 
     def timed_load_data(*words):
         began = time.perf_counter()
@@ -136,14 +136,13 @@ def random_batch(rows, length, vocabulary, num_heads):
 
 
 def run_loop(pipe, uncounted, model, num_heads, batch_at, ours=False, opened=None):
-    """The peer's ten lines; `ours`: with the script's loss and optimizer. `batch_at(step, rank, ranks)` gives x and targets."""
+    """The peer's ten lines; `ours`: with the script's loss. `batch_at(step, rank, ranks)` gives x and targets."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     model = model.train() if ours else Stacked(model).train()
     if ranks > 1:
         dist.init_process_group("gloo")
         model = torch.nn.parallel.DistributedDataParallel(model)
-    adamw = functools.partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
-    optimizer = make_optimizer(model, 3e-3, 0.1) if ours else adamw(model.parameters())
+    optimizer = make_optimizer(model, lr=3e-3, weight_decay=0.1)
     turns, step = Turns(pipe, uncounted), 0
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     turns.report |= (opened or {}) | dict(held_mb=3 * parameters / 1e6)  # two moments beside each parameter
@@ -177,7 +176,7 @@ def run_loop_on_random(pipe, uncounted, config, num_heads, batch, ours):
 
 
 def run_loop_on_map(pipe, uncounted, model, num_heads, data_file, batch_size, plain):
-    """The loop on rows that `datasets` makes: `plain` with the tokenizer itself, else with the script's way to make bytes tokens."""
+    """The loop on rows that `datasets` makes, `plain` with the tokenizer itself, else with the script's encoding of bytes."""
     model, tokenizer = common.build_model(model, num_heads, LENGTH)
     datasets.disable_progress_bars()
 
@@ -272,9 +271,9 @@ def stop(groups):
 
 # ---------------------------------------------------------------------------------------------------------------- the axes
 def curve(form, quantity, x, samples, theory, theory_of="FLOPs"):
-    """One line of a table: medians with least and most at each x, and numbers that theory says it is proportional to."""
+    """One line of a table: medians (least, most) at each x; numbers it is proportional to by theory, or None."""
     figures = [[statistics.median(values), min(values), max(values)] for values in samples]
-    return dict(form=form, quantity=quantity, x=list(x), figures=figures, theory=list(theory), theory_of=theory_of) | fits(
+    return dict(form=form, quantity=quantity, x=list(x), figures=figures, theory=theory, theory_of=theory_of) | fits(
         x, [middle for middle, *_ in figures], theory
     )
 
@@ -282,13 +281,13 @@ def curve(form, quantity, x, samples, theory, theory_of="FLOPs"):
 def fits(x, y, theory):
     """Exponents of both, and the line a + b x through the medians (relative errors count) with its largest relative error."""
     x, y = np.array(x, float), np.maximum(y, 1e-9)
-    exponent, expected = (float(np.polyfit(np.log(x), np.log(values), 1)[0]) for values in (y, theory))
+    exponent, expected = (values and float(np.polyfit(np.log(x), np.log(values), 1)[0]) for values in (list(y), theory))
     (a, b), *_ = np.linalg.lstsq(np.stack([1 / y, x / y], 1), np.ones(len(x)), rcond=None)
     return dict(exponent=exponent, theory_exponent=expected, line=[float(a), float(b)], off=float(abs((a + b * x) / y - 1).max()))
 
 
 def curves_of(x, forms, theory, first, reports, quantities=(TIME, CPU, PEAK)):
-    """Curves of settings named (form, x); `theory[form, x]` is the cost of a step, peaks have no theory."""
+    """Curves of settings named (form, x); `theory(form, quantity)` gives numbers for each x and what they are."""
     result = []
     for form in forms:
         per_round = [reports[form, value] for value in x]
@@ -308,15 +307,15 @@ def config_of(folder, layers):
     return file
 
 
-def both_forms(name, x, folder, text, threads, layers, num_heads, seq_len, batch_size, ranks=1):
+def both_forms(name, x, args, folder, text, threads, layers, num_heads, seq_len, batch_size, ranks=1):
     """The script and the loop at one x, as settings of `take_turns`."""
     kwargs = dict(
         model=str(config_of(folder, layers)), num_heads=num_heads, seq_len=seq_len, batch_size=batch_size, threads=threads
     )
     run_dir = folder / f"{name} {x}"
     return {
-        (f"ours{name}", x): (ranks, (run_script, 10, run_dir), kwargs | dict(data=text)),
-        (f"stacked{name}", x): (ranks, (run_loop_on_text, 10), kwargs | dict(data_file=text)),
+        (f"ours{name}", x): (ranks, (run_script, args.uncounted, run_dir), kwargs | dict(data=text)),
+        (f"stacked{name}", x): (ranks, (run_loop_on_text, args.uncounted), kwargs | dict(data_file=text)),
     }
 
 
@@ -328,7 +327,7 @@ def seq_len(args, folder):
     lengths, settings, flops = [64, 128, 256, 512, 1024, 2048], {}, {}
     text = write_text(folder, 1)
     for length in lengths:
-        settings |= both_forms("", length, folder, text, args.threads, 4, 2, length, 2048 // length)
+        settings |= both_forms("", length, args, folder, text, args.threads, 4, 2, length, 2048 // length)
         for form in ("ours", "stacked"):
             flops[form, length] = flops_of(llama(4), 2, 2048 // length, length, form == "ours")
 
@@ -343,7 +342,7 @@ def heads(args, folder):
     text = write_text(folder, 1)
     for kind, layers in ((", fixed trunk", lambda number: 3 + number), (", fixed total", lambda number: 8)):
         for number in numbers:
-            settings |= both_forms(kind, number, folder, text, args.threads, layers(number), number, LENGTH, 2)
+            settings |= both_forms(kind, number, args, folder, text, args.threads, layers(number), number, LENGTH, 2)
             for form in ("ours", "stacked"):
                 flops[form + kind, number] = flops_of(llama(layers(number)), number, 2, LENGTH, form == "ours")
     forms = list(dict.fromkeys(form for form, _ in settings))
@@ -363,7 +362,7 @@ def vocabulary(args, folder):
             flops[form, size] = flops_of(llama(3, size), 2, 2, LENGTH, form == "ours")
 
     def theory(form, quantity):
-        return [flops[form, size] for size in sizes], "FLOPs"
+        return (None, "") if quantity == PEAK else ([flops[form, size] for size in sizes], "FLOPs")
 
     return curves_of(sizes, ("ours", "stacked"), theory, *take_turns(settings, args.rounds, 1), quantities=(TIME, CPU, PEAK))
 
@@ -373,7 +372,7 @@ def ranks(args, folder):
     text = write_text(folder, 1)
     for kind, rows in ((", fixed global", lambda number: 8), (", fixed per rank", lambda number: 4 * number)):
         for number in numbers:
-            settings |= both_forms(kind, number, folder, text, 1, 4, 2, LENGTH, rows(number), number)
+            settings |= both_forms(kind, number, args, folder, text, 1, 4, 2, LENGTH, rows(number), number)
     forms = list(dict.fromkeys(form for form, _ in settings))
 
     def theory(form, quantity):
@@ -412,7 +411,11 @@ def data_size(args, folder):
             cache = folder / f"cache {turn} {form} {mb}"
             for when in ("first", "again"):
                 kwargs = dict(model=model, num_heads=2, batch_size=4, threads=args.threads)
-                words = (run_script, 10, folder / f"{turn} {mb} {when}") if form == "ours" else (run_loop_on_map, 10)
+                words = (
+                    (run_script, args.uncounted, folder / f"{turn} {mb} {when}")
+                    if form == "ours"
+                    else (run_loop_on_map, args.uncounted)
+                )
                 kwargs |= (
                     dict(data=texts[mb], seq_len=LENGTH) if form == "ours" else dict(data_file=texts[mb], plain=form == forms[2])
                 )
@@ -422,7 +425,7 @@ def data_size(args, folder):
                 opened.setdefault((form, when, mb), []).append(report)
                 if when == "again":
                     pipe.send(4 * args.steps)
-                    steps.setdefault((form, mb), []).append(1e3 * pipe.recv()["seconds"])
+                    steps.setdefault((form, mb), []).append(pipe.recv())
                 stop([[(process, pipe)]])
             shutil.rmtree(cache)
     result = []
@@ -435,7 +438,9 @@ def data_size(args, folder):
         for key, name in (("resident_mb", "MB resident"), ("anonymous_mb", "MB resident, anonymous")):
             samples = [[report[key] for report in opened[form, "again", mb]] for mb in x]
             result.append(curve(form, name, x, samples, flat, "constant"))
-        result.append(curve(form, TIME, x, [steps[form, mb] for mb in x], flat, "constant"))
+        for key, name in (("seconds", TIME), ("cpu", CPU)):
+            samples = [[1e3 * report[key] for report in steps[form, mb]] for mb in x]
+            result.append(curve(form, name, x, samples, flat, "constant"))
     return result
 
 
@@ -450,7 +455,7 @@ def table(axis, curves):
     for c in curves:
         at = dict(zip(c["x"], c["figures"]))
         cells = [told(*at[x]) if x in at else "" for x in xs]
-        fit = f"{c['exponent']:.2f} | {c['theory_exponent']:.2f} ({c['theory_of']})"
+        fit = f"{c['exponent']:.2f} | " + (f"{c['theory_exponent']:.2f} ({c['theory_of']})" if c["theory"] else "")
         line = f"{c['line'][0]:.3g} + {c['line'][1]:.3g} x, {100 * c['off']:.0f} %" if len(c["x"]) > 3 else ""
         print(f"| {c['form']} | {c['quantity']} | {' | '.join(cells)} | {fit} | {line} |")
 
@@ -497,6 +502,7 @@ def main():
     parser.add_argument(
         "--steps", type=int, default=2, help="updates a turn (vocabulary 1, ranks twice, data four times as many)"
     )
+    parser.add_argument("--uncounted", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1, help="of each process but ranks, which have one")
     parser.add_argument("--megabytes", type=int, nargs="+", default=[1, 10, 100])
     parser.add_argument("--data-rounds", type=int, default=2)
