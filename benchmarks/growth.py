@@ -15,11 +15,12 @@ DistributedDataParallel, and on data sizes `datasets.load_dataset` and `map` mak
     data        1, 10, 100 MB of documents of 2 kB: opened first, opened again, resident when the first step is done
 
 Every setting is a forked process that waits; in a round each does --steps updates in turn, the order moving on by one. The
-first --uncounted updates are left out (vocabulary: 2). Opening the data takes --data-rounds fresh caches, in turn. Figures are
-medians over rounds (least to most). MB above rest: peak resident size in those first updates above the size before them, so
-activations and gradients. Exponent: slope of a least-squares line through the logarithms of medians and of x; theory's is that
-of counted FLOPs at the same x, or a power that the table names. FLOPs: torch.utils.flop_counter over forward and backward, with
-the CPU's attention kernel (half of all pairs, as it is causal) and in-place products, which it leaves out. Linux only.
+first --uncounted updates (vocabulary: 2) and the first round are left out. Opening the data takes --data-rounds fresh caches, in
+turn. Figures are medians over rounds (least to most). MB above rest: peak resident size in those first updates above the size
+before them, so activations and gradients; taken once. Exponent: slope of a least-squares line through the logarithms of medians
+and of x; theory's is that of counted FLOPs at the same x, or of what the table names. FLOPs: torch.utils.flop_counter over
+forward and backward, to which the CPU's attention kernel (half of all pairs, as it is causal) and in-place products are added,
+as it does not know them. A rank's CPU seconds are summed over ranks. Linux only.
 Prints Markdown tables, writes growth.json and growth.png.
 """
 
@@ -144,8 +145,8 @@ def run_loop(pipe, uncounted, model, num_heads, batch_at, ours=False, opened=Non
         model = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = make_optimizer(model, lr=3e-3, weight_decay=0.1)
     turns, step = Turns(pipe, uncounted), 0
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    turns.report |= (opened or {}) | dict(held_mb=3 * parameters / 1e6)  # two moments beside each parameter
+    held = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values() if t.ndim)]
+    turns.report |= (opened or {}) | dict(held_mb=sum(t.numel() * t.element_size() for t in held) / 1e6)
     while True:
         began = time.perf_counter()
         x_BT, targets_KBT = batch_at(step, rank, ranks)
@@ -222,6 +223,7 @@ def fork(function, *args, environment=None, threads=1, **kwargs):
     here, there = context.Pipe()
 
     def child():
+        here.close()  # else a process whose parent was killed would wait for ever
         os.environ.update(environment or {})
         torch.set_num_threads(threads)
         function(there, *args, **kwargs)
@@ -254,13 +256,13 @@ def take_turns(settings, rounds, steps):
     running = {name: fork_ranks(number, *words, **kwargs) for name, (number, words, kwargs) in settings.items()}
     first = {name: [pipe.recv() for _, pipe in group] for name, group in running.items()}
     reports, names = {name: [] for name in running}, list(running)
-    for turn in range(rounds):
+    for turn in range(rounds + 1):  # the first warms up
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             for _, pipe in running[name]:
                 pipe.send(steps)
             reports[name].append([pipe.recv() for _, pipe in running[name]])
     stop(running.values())
-    return first, reports
+    return first, {name: rounds[1:] for name, rounds in reports.items()}
 
 
 def stop(groups):
@@ -502,13 +504,13 @@ def main():
     parser.add_argument(
         "--steps", type=int, default=2, help="updates a turn (vocabulary 1, ranks twice, data four times as many)"
     )
-    parser.add_argument("--uncounted", type=int, default=10)
+    parser.add_argument("--uncounted", type=int, default=10, help="updates of each process before its first turn")
     parser.add_argument("--threads", type=int, default=1, help="of each process but ranks, which have one")
     parser.add_argument("--megabytes", type=int, nargs="+", default=[1, 10, 100])
     parser.add_argument("--data-rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "growth.json")
     args = parser.parse_args()
-    words = [w for w in sys.argv[1:] if "/" not in w and w != "--out"]
+    words = [w for w in sys.argv[1:] if w not in ("--out", str(args.out))]  # no path of this machine
     machine = dict(processor=platform.processor() or platform.machine(), cores=len(os.sched_getaffinity(0)), threads=args.threads)
     command = shlex.join(["python", "benchmarks/growth.py", *words])
     record = dict(command=command, **commit(), **machine, versions=versions(), seconds={}, axes={})
