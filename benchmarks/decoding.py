@@ -155,7 +155,8 @@ def measure(name, args):
     enough = [p for p in evaluate.beginnings(data, 2 * wanted) if len(p) == 64]  # theirs needs one length
     assert len(enough) >= wanted, f"{len(enough)} held-out beginnings of 64 tokens, {wanted} needed"
     for size in args.batches:
-        prompts = enough[: max(args.prompts, size)]
+        number = max(args.prompts, size)
+        prompts = [enough[i * len(enough) // number] for i in range(number)]  # from all over the held-out text
         batches = [prompts[first : first + size] for first in range(0, len(prompts), size)]
         forms = {"transformers": functools.partial(theirs, plain, batches, args.tokens)}
         if size == 1:
