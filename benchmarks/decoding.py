@@ -12,12 +12,13 @@ heads, and in `transformers` takes one row at a time. Tokens a pass leave out a 
 Where a text is not that of `transformers`, `largest_gap` is the most by which its model prefers, in nats, its own token at
 the first place that differs: rounding decides near ties.
 
-A model that is nearly always right: SmolLM2-135M with 8 heads, trained on one page (the start of LICENSE, 300 times over)
-until it knows it by heart. Its held-out rows are the same page: this shows what the decoding makes of right drafts, and
-nothing about text that is not known by heart.
+A model that is often right: SmolLM2-135M with 8 heads, trained on one page (the start of LICENSE, 300 times over) until it
+knows much of it by heart. Its held-out rows are the same page: this shows what the decoding makes of right drafts, and
+nothing about text that is not known by heart. Two runs, the second from the first:
     python -c "print((open('LICENSE').read()[:2500] + '\\n') * 300, end='')" > recite.txt
     python baseline_mtp.py --model SMOLLM2 --num-heads 8 --mtp-schedule constant --data recite.txt --seq-len 128 \\
         --batch-size 2 --lr 3e-4 --warmup-steps 5 --max-steps 60 --save-every 0 --tracker none --run-dir recite_8_heads
+    python baseline_mtp.py --model recite_8_heads ... --run-dir smollm2_recites
 
 Parts of a pass (ms of CPU) come from rounds of their own with clocks around functions. Each part counts its own time alone,
 so the parts add up to `whole`, the same rounds' time for everything:
