@@ -168,6 +168,9 @@ def setup_ranks(device, dtype):
     return ranks
 
 
+SMALL = 2**20  # parameters of a layer below which its own gathers cost more than they save in memory
+
+
 def shard(model, ranks):
     """Shard parameters, gradients and optimizer state over all ranks (FSDP2); on one rank, leave the model as it is.
 
@@ -179,7 +182,8 @@ def shard(model, ranks):
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     for layer in [*model.trunk_layers, *model.heads.layers]:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        if sum(p.numel() for p in layer.parameters()) >= SMALL:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -302,7 +306,7 @@ class MTPModel(nn.Module):
         return (loss, correct) if with_correct else loss
 
 
-TILE = {"cpu": (1024, 4096), "cuda": (8192, 8192)}  # 16 MB: half of a CPU's cache; 256 MB: few kernels. Not measured on a GPU
+TILE = {"cpu": (1024, 2048), "cuda": (8192, 8192)}  # 8 MB stay in a CPU's cache; 256 MB: few kernels (not measured on a GPU)
 
 
 class TokenLosses(torch.autograd.Function):

@@ -94,9 +94,10 @@ def rows_of(case):
 
 def gradients(folder, name):
     """Gradients of every case on the sharded model, gathered whole."""
-    ranks, found = common.setup_ranks("cpu", "fp32"), {}
-    for recompute in (False, True):
-        model = common.shard(small_model(recompute), ranks)
+    ranks, found, small = common.setup_ranks("cpu", "fp32"), {}, common.SMALL
+    for recompute in (False, True, "small"):  # groups of layers, and all in the root's
+        common.SMALL = small if recompute == "small" else 0
+        model = common.shard(small_model(recompute is True), ranks)
         for case in CASES:
             x, document, is_target, weight = rows_of(case)
             mine = [
@@ -129,7 +130,7 @@ class Counted(TorchDispatchMode):
 
 def collectives(folder, name):
     """Collectives of forward and backward: ours, and a plain model sharded layer by layer with ordinary cross entropy."""
-    ranks, found = common.setup_ranks("cpu", "fp32"), {}
+    ranks, found, small, common.SMALL = common.setup_ranks("cpu", "fp32"), {}, common.SMALL, 0
     x = torch.randint(3, 259, (2, 16), generator=torch.Generator().manual_seed(ranks.rank))
 
     def plain(layers, recompute=False):
@@ -161,7 +162,9 @@ def collectives(folder, name):
 
     found = {f"plain {layers}": plain(layers) for layers in (3, 4, 6)} | {"plain recomputed": plain(6, recompute=True)}
     found |= {f"ours {active}": ours(active) for active in (1, 2, 4)}
-    return found | {"ours recomputed": ours(recompute=True), "ours accumulated": ours(micro_steps=4)}
+    found |= {"ours recomputed": ours(recompute=True), "ours accumulated": ours(micro_steps=4)}
+    common.SMALL = small
+    return found | {"ours small": ours()}
 
 
 def local_bytes(folder, name):
@@ -336,7 +339,7 @@ def test_gradients_of_shards_without_targets_equal_a_plain_loop(outcome, case):
     if losses:
         (sum(losses) / count).backward()
     expected = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
-    for found in [rank[case, recompute] for rank in outcome("gradients") for recompute in (False, True)]:
+    for found in [rank[case, recompute] for rank in outcome("gradients") for recompute in (False, True, "small")]:
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             atol = 1e-5 * value.abs().max().item()
@@ -351,6 +354,7 @@ def test_a_step_makes_the_collectives_of_plain_training(outcome):
             assert found[f"ours {active}"] == found[f"plain {layers}"]
         assert found["ours recomputed"] == found["plain recomputed"] == found["plain 6"]  # gathered once for both
         assert found["ours accumulated"] == {gather: 4 * 13, scatter: 7}  # gradients travel once an update
+        assert found["ours small"] == {gather: 1, scatter: 1}
 
 
 @pytest.mark.parametrize("n", [2, 4])
