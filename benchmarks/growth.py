@@ -18,9 +18,8 @@ Every setting is a forked process that waits; in a round each does --steps updat
 first --uncounted updates (vocabulary: 2) and the first round are left out. Opening the data takes --data-rounds fresh caches, in
 turn. Figures are medians over rounds (least to most). MB above rest: peak resident size in those first updates above the size
 before them, so activations and gradients; taken once. Exponent: slope of a least-squares line through the logarithms of medians
-and of x; theory's is that of counted FLOPs at the same x, or of what the table names. FLOPs: torch.utils.flop_counter over
-forward and backward, to which the CPU's attention kernel (half of all pairs, as it is causal) and in-place products are added,
-as it does not know them. A rank's CPU seconds are summed over ranks. Linux only.
+and of x; theory's is that of counted FLOPs at the same x, or of what the table names. FLOPs: forward and
+backward, by flops.py (attention with half of its pairs, as it is causal). A rank's CPU seconds are summed over ranks. Linux only.
 Prints Markdown tables, writes growth.json and growth.png.
 """
 
@@ -49,11 +48,11 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
-from torch.utils import flop_counter  # noqa: E402
 
 import baseline_mtp  # noqa: E402
 import common  # noqa: E402
 import data  # noqa: E402
+from flops import counted_flops  # noqa: E402
 from common import IGNORE  # noqa: E402
 from runs import commit, make_optimizer, versions  # noqa: E402
 
@@ -201,19 +200,10 @@ def run_loop_on_map(pipe, uncounted, model, num_heads, data_file, batch_size, pl
 
 def count_flops(pipe, config, num_heads, rows, length, ours):
     """Of forward and backward of one update; sends the number."""
-    aten = torch.ops.aten
-    half = {  # causal: half of the pairs
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v) // 2,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
-            flop_counter.sdpa_backward_flop_count(grad, q, k, v) // 2
-        ),
-        aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1],
-    }
     model = common.from_config(config, num_heads).train()
     model = model if ours else Stacked(model)
-    with flop_counter.FlopCounterMode(display=False, custom_mapping=half) as counter:
-        model(*random_batch(rows, length, config.vocab_size, num_heads)).sum().backward()
-    pipe.send(counter.get_total_flops())
+    batch = random_batch(rows, length, config.vocab_size, num_heads)
+    pipe.send(counted_flops(lambda: model(*batch).sum().backward()))
 
 
 # ------------------------------------------------------------------------------------------------------- processes in turns

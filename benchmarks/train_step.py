@@ -15,8 +15,8 @@ bf16 autocast on a GPU. Data loading, figures and logs of each form are in its t
 
 Each form is a process that waits; a round has every form do --steps updates in turn, the order moving on by one. The table
 gives medians over rounds and the median of the ratios to the bare loop within a round. FLOPs of a step are those of the
-products and attention of the plain form with as many heads, forward and backward (torch.utils.flop_counter; what a form
-computes twice is not counted); their share is that of the machine's limit: the best of 20 products of square matrices on
+products and attention of the plain form with as many heads, forward and backward (flops.py; what a form computes twice
+is not counted); their share is that of the machine's limit: the best of 20 products of square matrices on
 the same threads, in the same type. Prints a table and writes train_step.json.
 """
 
@@ -158,16 +158,15 @@ def loss_of_step(model, num_heads, batch, F):
 def count_flops(num_heads, args):
     """Of forward and backward of one update in its plain form."""
     import torch.nn.functional as F
-    from torch.utils.flop_counter import FlopCounterMode
+    from flops import counted_flops
 
     import data
 
     rows, model = rows_and_model(args, num_heads)
     batch = data.load_batch(rows, data.batch_rows(len(rows), args.batch_size, 0, 0), num_heads, args.device)
     model.to(args.device).train()
-    with FlopCounterMode(display=False) as counter:
-        loss_of_step(model, num_heads, batch, F).backward()
-    return counter.get_total_flops(), sum(p.numel() for p in model.parameters())
+    flops = counted_flops(lambda: loss_of_step(model, num_heads, batch, F).backward())
+    return flops, sum(p.numel() for p in model.parameters())
 
 
 def measured_limit(device):
