@@ -14,10 +14,10 @@ bf16 autocast on a GPU. Data loading, figures and logs of each form are in its t
     ours 1, 4   baseline_mtp.py as it stands, its loop and nothing taken out, with 1 and 4 heads
 
 Each form is a process that waits; a round has every form do --steps updates in turn, the order moving on by one. The table
-gives medians over rounds and the median of the ratios to the bare loop within a round. FLOPs of a step are those of the
-products and attention of the plain form with as many heads, forward and backward (flops.py; what a form computes twice
-is not counted); their share is that of the machine's limit: the best of 20 products of square matrices on
-the same threads, in the same type. Prints a table and writes train_step.json.
+gives medians over rounds and the median of the ratios to the bare loop within a round, by the clock and by CPU time. FLOPs of
+a step are those of the products and attention of the plain form with as many heads, forward and backward (flops.py; what a
+form computes twice is not counted); their share is that of the machine's limit: the best of 20 products of square matrices
+on the same threads, in the same type. Prints a table and writes train_step.json.
 """
 
 import argparse
@@ -43,7 +43,7 @@ SIZES = {
 
 
 class Turns:
-    """Waits for a line, lets `chunk` updates pass, prints their seconds, and so on; ends the process with its input."""
+    """Waits for a line, lets `chunk` updates pass, prints their seconds by clock and CPU; ends the process with its input."""
 
     def __init__(self, chunk):
         self.chunk, self.done, self.began = chunk, 0, None
@@ -52,10 +52,15 @@ class Turns:
         self.done += 1
         if self.done % self.chunk == 0:
             if self.began is not None:
-                print(time.perf_counter() - self.began, file=sys.__stdout__, flush=True)
+                taken = [after - before for after, before in zip(clocks(), self.began)]
+                print(*taken, file=sys.__stdout__, flush=True)
             if not sys.stdin.readline():
                 os._exit(0)
-            self.began = time.perf_counter()
+            self.began = clocks()
+
+
+def clocks():
+    return time.perf_counter(), time.process_time()
 
 
 def run_ours(num_heads, args, turns):
@@ -228,7 +233,7 @@ def main():
                      eos_token_id=1, pad_token_id=0, bos_token_id=None)  # fmt: skip
         config.write_text(json.dumps(shape | SIZES[size]))
         work = {n: list(map(int, subprocess.check_output(command(f"flops {n}", config)).split())) for n in (1, 4)}
-        running, seconds, limits = {}, {form: [] for form in args.forms}, []
+        running, seconds, cpu, limits = {}, {form: [] for form in args.forms}, {form: [] for form in args.forms}, []
         for form in args.forms:
             running[form] = subprocess.Popen(command(form, config), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for number in range(args.rounds + 1):  # the first warms up
@@ -236,9 +241,10 @@ def main():
                 process = running[form]
                 process.stdin.write("go\n")
                 process.stdin.flush()
-                taken = float(process.stdout.readline()) / args.steps
+                taken, used = (float(value) / args.steps for value in process.stdout.readline().split())
                 if number:
                     seconds[form].append(taken)
+                    cpu[form].append(used)
             limits.append(float(subprocess.check_output(command("limit", config))))
         for process in running.values():
             process.stdin.close()
@@ -247,7 +253,8 @@ def main():
             middle, (flops, parameters) = statistics.median(seconds[form]), work[4 if form.endswith("4") else 1]
             ratios = [a / b for a, b in zip(seconds[form], seconds.get("bare loop", seconds[form]))]
             row = dict(size=size, form=form, parameters=parameters, seconds=middle, rounds=seconds[form], ratios=ratios)
-            row |= dict(to_bare_loop=statistics.median(ratios), flops=flops)
+            of_cpu = [a / b for a, b in zip(cpu[form], cpu.get("bare loop", cpu[form]))]
+            row |= dict(to_bare_loop=statistics.median(ratios), flops=flops, cpu_ratios=of_cpu)
             rows.append(row | dict(share_of_limit=flops / middle / statistics.median(limits), limits=limits))
             print(size, form, round(middle, 4), file=sys.stderr, flush=True)
         if {"ours 1", "ours 4"} <= set(args.forms):
@@ -262,11 +269,14 @@ def main():
     shown = " ".join(["python benchmarks/train_step.py", *sys.argv[1:]])
     record = dict(command=shown, **commit(), **device, batch_size=args.batch_size, seq_len=args.seq_len, rows=rows)
     Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
-    print(f"| model | form | ms a step | to the bare loop (min to max) | GFLOPs | share of the limit |\n{'|---' * 6}|")
+    print("| model | form | ms a step | to the bare loop (least to most) | the same by CPU time | GFLOPs | share of the limit |")
+    print("|---" * 7 + "|")
     for r in rows:
-        spread = f"{min(r['ratios']):.3f} to {max(r['ratios']):.3f}"
-        name = f"{r['size']}, {r['parameters'] / 1e6:.1f} M"
-        told = f"| {name} | {r['form']} | {r['seconds'] * 1e3:.1f} | {r['to_bare_loop']:.3f} ({spread}) | "
+        ratios = [
+            f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+            for values in (r["ratios"], r["cpu_ratios"])
+        ]
+        told = f"| {r['size']}, {r['parameters'] / 1e6:.1f} M | {r['form']} | {r['seconds'] * 1e3:.1f} | {' | '.join(ratios)} | "
         print(told + f"{r['flops'] / 1e9:.1f} | {r['share_of_limit']:.2f} |")
         if "extra" in r:
             spread = f"{min(r['extra']):.3f} to {max(r['extra']):.3f}"
