@@ -15,8 +15,8 @@ Each head is one transformer layer on the output of the trunk; norm and unembedd
 last layer, so trunk and head 1 are a plain Hugging Face model and are saved as one.
 
 Deviations from the paper:
-  1. One joint forward and backward instead of one head after the other: the unembedding runs over chunks of tokens and
-     its logits are made again in the backward, so memory stays small (README has the table).
+  1. One joint forward and backward instead of one head after the other: the unembedding runs over tiles of tokens and
+     vocabulary, whose logits are made again in the backward, so memory stays small (README has the table).
   2. From a pretrained model, heads 2..H are added as copies of the last layer; nothing is taken away (table S6).
   3. Targets do not cross the end of a document.
 
