@@ -291,9 +291,9 @@ class MTPModel(nn.Module):
     def forward(self, x_BT, targets_KBT, with_correct=False):
         """Cross entropy of each target in nats, fp32, `[K, B, T]`, 0 where the target is `IGNORE`.
 
-        Heads 1..K run, K being the first size of `targets_KBT`. The logits exist in tiles of tokens and vocabulary; the
-        backward makes them again. With `with_correct` a second `[K, B, T]` says where the most likely token is the
-        target.
+        Heads 1..K run, K being the first size of `targets_KBT`. Where a tile holds all logits they are kept, else they
+        exist a tile at a time and the backward makes them again. With `with_correct` a second `[K, B, T]` says where the
+        most likely token is the target.
         """
         hidden = self.hidden(x_BT, targets_KBT.shape[0]).flatten(0, -2)
         weight, targets = self.causal_lm.lm_head.weight, targets_KBT.flatten()
@@ -301,7 +301,13 @@ class MTPModel(nn.Module):
             half = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(half), weight.to(half)
         tile = self.tile or TILE.get(hidden.device.type, TILE["cuda"])
-        loss, correct = TokenLosses.apply(hidden, weight, targets, self.softcap, tile, with_correct)
+        if len(targets) * len(weight) <= math.prod(tile):
+            logits = F.linear(hidden, weight).float()
+            logits = logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+            loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+            correct = logits.argmax(-1) == targets if with_correct else loss
+        else:
+            loss, correct = TokenLosses.apply(hidden, weight, targets, self.softcap, tile, with_correct)
         loss, correct = (v.unflatten(0, targets_KBT.shape).clone() for v in (loss, correct))  # FSDP2 wants no views out
         return (loss, correct) if with_correct else loss
 
@@ -313,9 +319,9 @@ class TokenLosses(torch.autograd.Function):
     """Cross entropy of every token through a shared unembedding, logits for a tile of tokens and vocabulary at a time.
 
     Unreduced, as weights may depend on the losses; so the backward makes the logits again (four products where a loss
-    reduced beforehand costs three), unless one tile holds them all. Tokens without target, and in the backward those of
-    weight 0, are in no product. Sums and losses are fp32 whatever the type of the products. Soft-capping, gradients of
-    a bf16 unembedding summed in fp32, and torch 2.11 are what `torch.nn.functional.linear_cross_entropy` lacks.
+    reduced beforehand costs three). Tokens without target, and in the backward those of weight 0, are in no product. Sums
+    and losses are fp32 whatever the type of the products. Soft-capping, gradients of a bf16 unembedding summed in fp32,
+    and torch 2.11 are what `torch.nn.functional.linear_cross_entropy` lacks.
     """
 
     @staticmethod
@@ -329,17 +335,15 @@ class TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def tiles(mask_N, vocabulary, tile):
-        """Groups of the tokens in the mask, spans of the vocabulary, and whether one tile holds all logits."""
+        """Groups of the tokens in the mask, and spans of the vocabulary."""
         compiled = torch.compiler.is_compiling()  # sizes must be known then: every token is in the products
         rows_M = torch.arange(len(mask_N), device=mask_N.device) if compiled else mask_N.nonzero()[:, 0]
-        whole = len(rows_M) * vocabulary <= math.prod(tile)
-        tokens, width = (max(1, len(rows_M)), vocabulary) if whole else tile
-        return rows_M.split(tokens), [slice(v, min(v + width, vocabulary)) for v in range(0, vocabulary, width)], whole
+        return rows_M.split(tile[0]), [slice(v, min(v + tile[1], vocabulary)) for v in range(0, vocabulary, tile[1])]
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, softcap, tile, with_correct):
-        groups, spans, whole = TokenLosses.tiles(targets_N != IGNORE, len(weight_VD), tile)
-        ctx.softcap, ctx.tile, ctx.whole, kept = softcap, tile, whole, None
+        groups, spans = TokenLosses.tiles(targets_N != IGNORE, len(weight_VD), tile)
+        ctx.softcap, ctx.tile = softcap, tile
         total_N, loss_N = hidden_ND.new_zeros(2, len(targets_N), dtype=torch.float32)
         correct_N = torch.zeros_like(targets_N, dtype=torch.bool)
         buffer = hidden_ND.new_empty(len(groups[0]) * (spans[0].stop - spans[0].start))
@@ -349,7 +353,6 @@ class TokenLosses(torch.autograd.Function):
             total, token = torch.zeros_like(best), torch.zeros_like(targets)  # sum of exp(logit - best); the largest one's
             for span in spans:
                 logits = TokenLosses.logits(hidden, weight_VD[span], softcap, buffer)
-                kept = logits.clone() if whole else None
                 here = (targets >= span.start) & (targets < span.stop)
                 place = (targets - span.start).clamp(0, logits.shape[1] - 1)
                 chosen = torch.where(here, logits.gather(-1, place), chosen)
@@ -361,24 +364,23 @@ class TokenLosses(torch.autograd.Function):
             total_N[rows] = (best + total.log())[:, 0]
             loss_N[rows] = total_N[rows] - chosen[:, 0]
             correct_N[rows] = (token == targets)[:, 0]
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, total_N, kept)
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, total_N)
         ctx.mark_non_differentiable(correct_N)
         return loss_N.masked_fill_(targets_N == IGNORE, 0.0), correct_N
 
     @staticmethod
     def backward(ctx, grad_N, _):
-        hidden_ND, weight_VD, targets_N, total_N, kept = ctx.saved_tensors
+        hidden_ND, weight_VD, targets_N, total_N = ctx.saved_tensors
         grad_hidden, grad_weight = torch.zeros_like(hidden_ND), torch.zeros_like(weight_VD, dtype=torch.float32)
-        mask_N = targets_N != IGNORE
-        grad_N = grad_N.masked_fill(~mask_N, 0.0)
-        groups, spans, _ = TokenLosses.tiles(mask_N if ctx.whole else grad_N != 0, len(weight_VD), ctx.tile)
-        buffer = hidden_ND.new_empty(0 if ctx.whole else len(groups[0]) * (spans[0].stop - spans[0].start))
+        grad_N = grad_N.masked_fill(targets_N == IGNORE, 0.0)
+        groups, spans = TokenLosses.tiles(grad_N != 0, len(weight_VD), ctx.tile)
+        buffer = hidden_ND.new_empty(len(groups[0]) * (spans[0].stop - spans[0].start))
         for rows in groups:
             hidden, targets, grad = hidden_ND[rows], targets_N[rows, None], grad_N[rows, None]
             grad_rows = hidden.new_zeros(hidden.shape, dtype=torch.float32)
             for span in spans:
                 weight = weight_VD[span]
-                logits = kept.clone() if ctx.whole else TokenLosses.logits(hidden, weight, ctx.softcap, buffer)
+                logits = TokenLosses.logits(hidden, weight, ctx.softcap, buffer)
                 slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2  # of the soft-capping
                 here = (targets >= span.start) & (targets < span.stop)
                 place = (targets - span.start).clamp(0, logits.shape[1] - 1)
