@@ -95,7 +95,7 @@ def main():
     machine = dict(
         device=device or platform.machine(), cores=len(os.sched_getaffinity(0)), products=products, versions=versions()
     )
-    words = [Path(word).name if word == args.model else word for word in sys.argv[1:]]
+    words = [Path(word).name if word == args.model else word for word in sys.argv[1:] if word not in ("--out", args.out)]
     shape = {} if args.model == "tiny" else json.loads(model.read_text())
     record = dict(command=" ".join(["python benchmarks/step_cost.py", *words]), **commit(), **machine, model=shape, rows=rows)
     Path(args.out).write_text(json.dumps(record, indent=1) + "\n")

@@ -266,9 +266,12 @@ def main():
         import torch
 
         device["gpu"] = torch.cuda.get_device_name()
-    shown = " ".join(["python benchmarks/train_step.py", *sys.argv[1:]])
-    record = dict(command=shown, **commit(), **device, batch_size=args.batch_size, seq_len=args.seq_len, rows=rows)
-    Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
+    shown = " ".join(["python benchmarks/train_step.py", *(w for w in sys.argv[1:] if w not in ("--out", args.out))])
+    what = dict(command=shown, **commit(), **device, batch_size=args.batch_size, seq_len=args.seq_len)
+    out = Path(args.out)
+    before = json.loads(out.read_text())["rows"] if out.exists() else []  # of sizes measured before
+    rows = [row for row in before if row["size"] not in args.sizes] + [row | what for row in rows]
+    out.write_text(json.dumps(dict(rows=rows), indent=1) + "\n")
     print("| model | form | ms a step | to the bare loop (least to most) | the same by CPU time | GFLOPs | share of the limit |")
     print("|---" * 7 + "|")
     for r in rows:
