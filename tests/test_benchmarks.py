@@ -9,7 +9,7 @@ import transformers
 
 import common
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # last: it has a decoding.py too
 from flops import counted_flops  # noqa: E402
 
 
