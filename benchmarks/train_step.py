@@ -275,10 +275,8 @@ def main():
     print("| model | form | ms a step | to the bare loop (least to most) | the same by CPU time | GFLOPs | share of the limit |")
     print("|---" * 7 + "|")
     for r in rows:
-        ratios = [
-            f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-            for values in (r["ratios"], r["cpu_ratios"])
-        ]
+        both = (r.get("ratios"), r.get("cpu_ratios"))  # sizes measured before may lack the second
+        ratios = [f"{statistics.median(v):.3f} ({min(v):.3f} to {max(v):.3f})" if v else "" for v in both]
         told = f"| {r['size']}, {r['parameters'] / 1e6:.1f} M | {r['form']} | {r['seconds'] * 1e3:.1f} | {' | '.join(ratios)} | "
         print(told + f"{r['flops'] / 1e9:.1f} | {r['share_of_limit']:.2f} |")
         if "extra" in r:
