@@ -16,7 +16,7 @@ last layer, so trunk and head 1 are a plain Hugging Face model and are saved as 
 
 Deviations from the paper:
   1. One joint forward and backward instead of one head after the other: the unembedding runs over tiles of tokens and
-     vocabulary, whose logits are made again in the backward, so memory stays small (README has the table).
+     vocabulary; logits that one tile cannot hold are made again in the backward (README has the table).
   2. From a pretrained model, heads 2..H are added as copies of the last layer; nothing is taken away (table S6).
   3. Targets do not cross the end of a document.
 

@@ -341,6 +341,11 @@ class TokenLosses(torch.autograd.Function):
         return rows_M.split(tile[0]), [slice(v, min(v + tile[1], vocabulary)) for v in range(0, vocabulary, tile[1])]
 
     @staticmethod
+    def place(targets, span):
+        """Where in the span each target lies (somewhere, if elsewhere), and which of them lie there."""
+        return (targets - span.start).clamp(0, span.stop - span.start - 1), (targets >= span.start) & (targets < span.stop)
+
+    @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, softcap, tile, with_correct):
         groups, spans = TokenLosses.tiles(targets_N != IGNORE, len(weight_VD), tile)
         ctx.softcap, ctx.tile = softcap, tile
@@ -353,13 +358,12 @@ class TokenLosses(torch.autograd.Function):
             total, token = torch.zeros_like(best), torch.zeros_like(targets)  # sum of exp(logit - best); the largest one's
             for span in spans:
                 logits = TokenLosses.logits(hidden, weight_VD[span], softcap, buffer)
-                here = (targets >= span.start) & (targets < span.stop)
-                place = (targets - span.start).clamp(0, logits.shape[1] - 1)
+                place, here = TokenLosses.place(targets, span)
                 chosen = torch.where(here, logits.gather(-1, place), chosen)
+                value, place = logits.max(-1, keepdim=True) if with_correct else (logits.amax(-1, keepdim=True), None)
                 if with_correct:
-                    value, place = logits.max(-1, keepdim=True)
                     token = torch.where(value > best, place + span.start, token)
-                before, best = best, torch.maximum(best, logits.amax(-1, keepdim=True))
+                before, best = best, torch.maximum(best, value)
                 total = total * (before - best).exp() + logits.sub_(best).exp_().sum(-1, keepdim=True)
             total_N[rows] = (best + total.log())[:, 0]
             loss_N[rows] = total_N[rows] - chosen[:, 0]
@@ -382,8 +386,7 @@ class TokenLosses(torch.autograd.Function):
                 weight = weight_VD[span]
                 logits = TokenLosses.logits(hidden, weight, ctx.softcap, buffer)
                 slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2  # of the soft-capping
-                here = (targets >= span.start) & (targets < span.stop)
-                place = (targets - span.start).clamp(0, logits.shape[1] - 1)
+                place, here = TokenLosses.place(targets, span)
                 error = logits.sub_(total_N[rows, None]).exp_().mul_(grad)  # softmax - one-hot
                 error = error.scatter_add_(-1, place, -grad * here)
                 error = (error if slope is None else error.mul_(slope)).to(weight_VD.dtype)
