@@ -82,17 +82,22 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, reward_model, tagged,
     base, _, half = name.partition(":") if name in PRESETS else (name, "", "")
     documents, task_ids = _read_documents(base)
     documents = outcomes.with_rewards(documents, name, reward_model, device, say)
-    documents, train_numbers, heldout_numbers = _split(documents, task_ids, 0 if half else seed, name)
-    judged = "reward" in documents.column_names
-    if half:  # by the text, so that copies of a file fall into one half
-        sides = np.array([zlib.crc32(text.encode("utf-8", "replace")) % 2 for text in documents["text"]])
-        train_numbers = train_numbers[sides[train_numbers] == "ab".index(half)]
+    judged, folder = "reward" in documents.column_names, Path(datasets.config.HF_DATASETS_CACHE) / "wmtp"
     vocabulary = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id, tokenizer.pad_token_id]
     if tokenizer.is_fast:  # merges, normaliser and template too: they make other tokens of the same vocabulary
         pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
         vocabulary.append({k: v for k, v in pipeline.items() if k not in ("truncation", "padding")})
     vocabulary = json.dumps(vocabulary, sort_keys=True)
-    parts, texts = {}, []
+    source = documents._fingerprint  # by which `datasets` keeps its own copy: path and time of change, ETag, or commit
+    made_of = f"opened 1 {source} {half} {0 if half else seed} {vocabulary} {seq_len} {noise_frac} {seed if noise_frac else 0}"
+    record = folder / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.json"
+    if not judged and (opened := _open_again(folder, record, say)):
+        return opened
+    documents, train_numbers, heldout_numbers = _split(documents, task_ids, 0 if half else seed, name)
+    if half:  # by the text, so that copies of a file fall into one half
+        sides = np.array([zlib.crc32(text.encode("utf-8", "replace")) % 2 for text in documents["text"]])
+        train_numbers = train_numbers[sides[train_numbers] == "ab".index(half)]
+    parts, texts, files, remarks = {}, [], {}, []
     for part, numbers, noise in (("train", train_numbers, noise_frac), ("heldout", heldout_numbers, 0.0)):
         if len(numbers) == 0:
             raise UsageError(f"--data {name}: no document left for the {part} part")
@@ -104,7 +109,6 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, reward_model, tagged,
             for values in zip(*(batch[c] for c in chosen.column_names)):
                 text.update("\0".join(map(str, values)).encode("utf-8", "replace") + b"\1")
         made_of = f"2 {vocabulary} {seq_len} {noise} {seed if noise else 0} {text.hexdigest()}"
-        folder = Path(datasets.config.HF_DATASETS_CACHE) / "wmtp"
         file = folder / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.arrow"
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -124,10 +128,12 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, reward_model, tagged,
                 raise UsageError(f"--data {name}: no {part} record has a reward above {outcomes.CORRECT}, so none is correct")
             rows = rows.add_column("reward", reward).add_column("sibling", sibling)
         parts[part] = rows.with_format("numpy")
+        files[part] = file.name
         texts.append(text.hexdigest())
         lost = len(chosen) - len(rows) if "prompt" in documents.column_names else 0
         if lost:
-            say(f"data      left out {lost} of {len(chosen)} {part} records: longer than --seq-len {seq_len} tokens")
+            remarks.append(f"data      left out {lost} of {len(chosen)} {part} records: longer than --seq-len {seq_len} tokens")
+            say(remarks[-1])
     heldout = documents.select(heldout_numbers)
     if "prompt" in documents.column_names:  # records that were left out are not measured
         heldout = heldout.select(np.unique(np.array(parts["heldout"]["document"]).max(1)))
@@ -136,15 +142,32 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, reward_model, tagged,
         heldout = heldout.filter(lambda record: record["reward"] > outcomes.CORRECT)
     if judged and tagged:
         heldout = outcomes.with_tags(heldout, all_good=True)
-    return Data(
-        **parts,
+    figures = dict(
         fingerprint=hashlib.sha256("".join(texts).encode()).hexdigest()[:16],
         tokenizer_fingerprint=hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
         heldout_fingerprint=file.stem[:16],
         **_yardsticks(heldout, tokenizer),
         prompt=_first_lines(heldout),
-        heldout_records=records,
     )
+    if not judged:
+        temporary = record.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(dict(files=files, remarks=remarks, figures=figures)))
+        temporary.rename(record)
+    return Data(**parts, **figures, heldout_records=records)
+
+
+def _open_again(folder, record, say):
+    """What `record` says that these documents were made into, without a look at them; None where it or a file is not there."""
+    import datasets
+
+    try:
+        made = json.loads(record.read_text())
+        parts = {part: datasets.Dataset.from_file(str(folder / file)) for part, file in made["files"].items()}
+    except (OSError, ValueError):
+        return None
+    for remark in made["remarks"]:
+        say(remark)
+    return Data(**{part: rows.with_format("numpy") for part, rows in parts.items()}, **made["figures"])
 
 
 def _read_documents(name):
@@ -182,7 +205,9 @@ def _read_documents(name):
         raise UsageError(f"--data {name}: cannot be loaded ({type(error).__name__}: {first_line(error)})") from error
     columns = set(loaded.column_names)
     for column in {"text", "content", "prompt", "completion"} & columns:
-        if loaded.features[column].dtype not in ("string", "large_string") or (column == "prompt" and None in loaded[column]):
+        if loaded.features[column].dtype not in ("string", "large_string") or (
+            column == "prompt" and loaded.data.column(column).null_count
+        ):
             raise UsageError(f"--data {name}: the column {column} holds something else than text")
     if {"task_id", "text", "code", "test_list"} <= columns:
         return loaded.map(mbpp_record, remove_columns=loaded.column_names), loaded["task_id"]
