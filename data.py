@@ -89,7 +89,7 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, reward_model, tagged,
         vocabulary.append({k: v for k, v in pipeline.items() if k not in ("truncation", "padding")})
     vocabulary = json.dumps(vocabulary, sort_keys=True)
     source = documents._fingerprint  # by which `datasets` keeps its own copy: path and time of change, ETag, or commit
-    made_of = f"opened 1 {source} {half} {0 if half else seed} {vocabulary} {seq_len} {noise_frac} {seed if noise_frac else 0}"
+    made_of = f"opened 1 {source} {half} {seed} {vocabulary} {seq_len} {noise_frac}"
     record = folder / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.json"
     if not judged and (opened := _open_again(folder, record, say)):
         return opened
