@@ -45,64 +45,43 @@ from common import shard, weights_of_targets
 @dataclass
 class Args:
     # Run
-    run_dir: str = ""
-    """Folder of the run; empty: runs/<script>-s<seed>-<hash of arguments and sources>."""
-    seed: int = 0
-    """Fixes initial weights, order of the data, held-out documents and noise."""
+    run_dir: str = ""  # folder of the run; empty: runs/<script>-s<seed>-<hash>
+    seed: int = 0  # fixes initial weights, order of the data, held-out documents and noise
     tracker: Literal["mlflow", "wandb", "none"] = "mlflow"
     """mlflow: a SQLite file beside the run folders. wandb: offline where no key is set."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: CUDA, else the CPU."""
-    accept_changed_sources: bool = False
-    """Resume the run in --run-dir although this script or common.py has changed since."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else the CPU
+    accept_changed_sources: bool = False  # resume --run-dir though script or common.py changed
 
     # Model
-    model: str = "tiny"
-    """tiny or a config.json (from scratch), a Hugging Face model (folder or hub name), or a run."""
-    num_heads: int = 4
-    """Heads H: how many next tokens are predicted at once. 1 is plain next-token training."""
+    model: str = "tiny"  # tiny, a config.json, a Hugging Face model (folder or hub name), or a run
+    num_heads: int = 4  # heads H: how many next tokens are predicted at once; 1 is plain training
     mtp_schedule: Literal["constant", "forward", "reverse"] = "forward"
     """Heads trained: all; 1, 2, .. H in equal parts of the run; or H, .. 2, 1 (2505.22757)."""
 
     # Data
-    data: str = "stdlib"
-    """stdlib, stdlib:a, stdlib:b (halves), stdlib-bugs, mbpp, a file, a folder, or a hub name."""
-    seq_len: int = 256
-    """Tokens a row."""
-    noise_frac: float = 0.0
-    """Share of the training lines replaced by random characters; held-out text stays clean."""
+    data: str = "stdlib"  # stdlib, stdlib:a or :b, stdlib-bugs, mbpp, a file, folder or hub name
+    seq_len: int = 256  # tokens a row
+    noise_frac: float = 0.0  # share of the training lines replaced by random characters
 
     # Optimisation
-    batch_size: int = 4
-    """Rows an update, over all ranks and micro-steps."""
-    micro_batch_size: int = 0
-    """Rows a rank runs through the model at once; 0: batch size / ranks."""
-    lr: float = 3e-3
-    """Peak learning rate of AdamW."""
-    warmup_steps: int = 40
-    """Updates of linear warm-up; a cosine to zero follows."""
-    max_steps: int = 1750
-    """Updates in all."""
-    weight_decay: float = 0.1
-    """Decay of matrices; vectors have none."""
-    grad_clip: float = 1.0
-    """Largest norm of the gradient; 0: off."""
+    batch_size: int = 4  # rows an update, over all ranks and micro-steps
+    micro_batch_size: int = 0  # rows a rank runs through the model at once; 0: batch size / ranks
+    lr: float = 3e-3  # peak learning rate of AdamW
+    warmup_steps: int = 40  # updates of linear warm-up; a cosine to zero follows
+    max_steps: int = 1750  # updates in all
+    weight_decay: float = 0.1  # decay of matrices; vectors have none
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: off
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the products; auto: bf16 on a GPU that has it, else fp32. Master weights are fp32."""
-    compile: bool = False
-    """Run the model through torch.compile."""
+    compile: bool = False  # run the model through torch.compile
     recompute: Literal["none", "heads", "all"] = "none"
     """Layers that run again in the backward: less memory, more time."""
 
     # Evaluation and checkpoints
-    eval_every: int = 0
-    """Updates between evaluations on the held-out documents; 0: only at the end."""
-    save_every: int = 500
-    """Updates between checkpoints; 0: only at the end."""
-    keep_last: int = 2
-    """Checkpoints to keep; 0: all."""
-    checkpoint_dir: str = ""
-    """Folder or URL for checkpoints, in a subfolder of the run's name; empty: in the run folder."""
+    eval_every: int = 0  # updates between evaluations on the held-out documents; 0: only at the end
+    save_every: int = 500  # updates between checkpoints; 0: only at the end
+    keep_last: int = 2  # checkpoints to keep; 0: all
+    checkpoint_dir: str = ""  # folder or URL of checkpoints; empty: checkpoints/ in the run folder
 
     # Algorithm specific arguments: none
 

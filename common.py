@@ -692,7 +692,7 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, ranks, score):
     datasets.disable_progress_bars()
     half = name.partition("stdlib:")[2] if name in PRESETS else ""
     documents = _read_documents("stdlib" if half else name, score)
-    target = documents.column_names[-1]  # text, or completion
+    target = target_column(documents)
     has_reward = "reward" in documents.column_names
     train_N, heldout_N = _split(documents, 0 if half else seed, name)
     if half:  # by the text, so that copies of a file fall into one half
@@ -743,6 +743,10 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, ranks, score):
 
 def _fingerprint(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def target_column(documents):
+    return "completion" if "completion" in documents.column_names else "text"
 
 
 def _texts(documents):
@@ -857,7 +861,7 @@ def _split(documents, seed, name):
 
     if len(documents) < 2:
         raise UsageError(f"--data {name}: {len(documents)} document(s); the split needs two")
-    lengths = pc.binary_length(documents.data.column(documents.column_names[-1])).to_numpy()
+    lengths = pc.binary_length(documents.flatten_indices().data.column(target_column(documents))).to_numpy()
     judged = "group" in documents.column_names
     group = (
         np.unique(documents["group"][:], return_inverse=True)[1]
@@ -896,7 +900,7 @@ def _pack(documents, tokenizer, seq_len, noise_frac, seed, key):
 
     def rows_of(batch, numbers):
         nonlocal rest_4N
-        texts = batch[documents.column_names[-1]]
+        texts = batch[target_column(documents)]
         prompts = encode(tokenizer, batch["prompt"], True) if has_prompt else [[]] * len(texts)
         encoded, pieces = encode(tokenizer, texts, not has_prompt), [rest_4N]
         for number, prompt, ids, text in zip(numbers, prompts, encoded, texts):

@@ -63,94 +63,60 @@ from common import setup_ranks, shard, weights_of_targets
 @dataclass
 class Args:
     # Run
-    run_dir: str = ""
-    """Folder of the run; empty: runs/<script>-s<seed>-<hash of arguments and sources>."""
-    seed: int = 0
-    """Fixes initial weights, order of the data, held-out documents and noise."""
+    run_dir: str = ""  # folder of the run; empty: runs/<script>-s<seed>-<hash>
+    seed: int = 0  # fixes initial weights, order of the data, held-out documents and noise
     tracker: Literal["mlflow", "wandb", "none"] = "mlflow"
     """mlflow: a SQLite file beside the run folders. wandb: offline where no key is set."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: CUDA, else the CPU."""
-    accept_changed_sources: bool = False
-    """Resume the run in --run-dir although this script or common.py has changed since."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else the CPU
+    accept_changed_sources: bool = False  # resume --run-dir though script or common.py changed
 
     # Model
-    model: str = "tiny"
-    """tiny or a config.json (from scratch), a Hugging Face model (folder or hub name), or a run."""
-    num_heads: int = 4
-    """Heads H: how many next tokens are predicted at once. 1 is plain next-token training."""
+    model: str = "tiny"  # tiny, a config.json, a Hugging Face model (folder or hub name), or a run
+    num_heads: int = 4  # heads H: how many next tokens are predicted at once; 1 is plain training
     mtp_schedule: Literal["constant", "forward", "reverse"] = "forward"
     """Heads trained: all; 1, 2, .. H in equal parts of the run; or H, .. 2, 1 (2505.22757)."""
 
     # Data
-    data: str = "stdlib-bugs"
-    """stdlib-bugs, or a file, folder or hub name with prompt, completion and reward."""
-    seq_len: int = 256
-    """Tokens a row."""
-    noise_frac: float = 0.0
-    """Share of the training lines replaced by random characters; held-out text stays clean."""
+    data: str = "stdlib-bugs"  # or a file, folder or hub name with prompt, completion, reward
+    seq_len: int = 256  # tokens a row
+    noise_frac: float = 0.0  # share of the training lines replaced by random characters
 
     # Optimisation
-    batch_size: int = 4
-    """Rows an update, over all ranks and micro-steps."""
-    micro_batch_size: int = 0
-    """Rows a rank runs through the model at once; 0: batch size / ranks."""
-    lr: float = 3e-3
-    """Peak learning rate of AdamW."""
-    warmup_steps: int = 40
-    """Updates of linear warm-up; a cosine to zero follows."""
-    max_steps: int = 1750
-    """Updates in all."""
-    weight_decay: float = 0.1
-    """Decay of matrices; vectors have none."""
-    grad_clip: float = 1.0
-    """Largest norm of the gradient; 0: off."""
+    batch_size: int = 4  # rows an update, over all ranks and micro-steps
+    micro_batch_size: int = 0  # rows a rank runs through the model at once; 0: batch size / ranks
+    lr: float = 3e-3  # peak learning rate of AdamW
+    warmup_steps: int = 40  # updates of linear warm-up; a cosine to zero follows
+    max_steps: int = 1750  # updates in all
+    weight_decay: float = 0.1  # decay of matrices; vectors have none
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: off
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the products; auto: bf16 on a GPU that has it, else fp32. Master weights are fp32."""
-    compile: bool = False
-    """Run the model through torch.compile."""
+    compile: bool = False  # run the model through torch.compile
     recompute: Literal["none", "heads", "all"] = "none"
     """Layers that run again in the backward: less memory, more time."""
 
     # Evaluation and checkpoints
-    eval_every: int = 0
-    """Updates between evaluations on the held-out documents; 0: only at the end."""
-    save_every: int = 500
-    """Updates between checkpoints; 0: only at the end."""
-    keep_last: int = 2
-    """Checkpoints to keep; 0: all."""
-    checkpoint_dir: str = ""
-    """Folder or URL for checkpoints, in a subfolder of the run's name; empty: in the run folder."""
+    eval_every: int = 0  # updates between evaluations on the held-out documents; 0: only at the end
+    save_every: int = 500  # updates between checkpoints; 0: only at the end
+    keep_last: int = 2  # checkpoints to keep; 0: all
+    checkpoint_dir: str = ""  # folder or URL of checkpoints; empty: checkpoints/ in the run folder
 
     # Algorithm specific arguments
-    lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.3
-    """Share of equal weights, 0 to 1."""
-    temperature: float = 0.7
-    """Of the softmax of the whitened advantages; small: few tokens take all the weight."""
-    epsilon: float = 0.05
-    """Least u."""
-    max_weight: float = 3.0
-    """Largest u."""
-    gamma: float = 1.0
-    """Discount of the value of the next prefix."""
-    gae_lambda: float = 0.95
-    """0: credit by the next value alone. 1: by the outcome, less the value before the token."""
+    lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.3  # share of equal weights, 0 to 1
+    temperature: float = 0.7  # of the softmax; small: few tokens take all the weight
+    epsilon: float = 0.05  # least u
+    max_weight: float = 3.0  # largest u
+    gamma: float = 1.0  # discount of the value of the next prefix
+    gae_lambda: float = 0.95  # 0: credit by the next value alone; 1: by the outcome alone
     value: Literal["separate", "frozen", "shared"] = "separate"
     """Trunk under V: a copy; the policy's, no gradient; the policy's with gradient, no stage 1."""
-    value_steps: int = 500
-    """Updates of stage 1."""
-    value_batches: int = 2
-    """Batches of --batch-size rows in an update of stage 1."""
-    value_lr: float = 1e-3
-    """Peak learning rate of stage 1; 0: --lr."""
-    value_coef: float = 0.1
-    """Share of the value loss in stage 2, unless V is separate: V follows the moving trunk."""
-    pair_coef: float = 1.0
-    """Share in stage 1 of the loss of pairs: rows of one task and both outcomes; 0: no pairs."""
-    value_head: str = ""
-    """File value_head.safetensors of another run, instead of stage 1."""
-    reward_model: str = ""
-    """Hugging Face sequence classifier that scores records without a reward."""
+    value_steps: int = 500  # updates of stage 1
+    value_batches: int = 2  # batches of --batch-size rows in an update of stage 1
+    value_lr: float = 1e-3  # peak learning rate of stage 1; 0: --lr
+    value_coef: float = 0.1  # share of the value loss in stage 2, unless V is separate
+    pair_coef: float = 1.0  # share in stage 1 of the loss of pairs of both outcomes; 0: no pairs
+    value_head: str = ""  # file value_head.safetensors of another run, instead of stage 1
+    reward_model: str = ""  # Hugging Face sequence classifier that scores records without a reward
     train_on: Literal["correct", "all"] = "correct"
     """Records whose tokens are targets; V learns from all."""
     control: Literal["none", "shuffle", "random"] = "none"
@@ -209,9 +175,9 @@ def advantages(value_BT, reward_B, completion_BT, gamma, gae_lambda):
 
 
 def whiten(advantage_N, moments, decay=0.99):
-    """Advantages less their moving mean, over their moving deviation; updates `moments` `[3]`.
+    """Advantages less their moving mean, over their moving deviation.
 
-    moments: decayed sums of ones, means and squared deviations.
+    It updates `moments` `[3]`: decayed sums of ones, means and squared deviations.
     """
     if len(advantage_N) > 0:
         new = torch.stack([torch.ones_like(moments[0]), advantage_N.mean()])
@@ -426,34 +392,22 @@ def partners(rows, copies):
     return partner_N, (1 / drawn_N).astype(np.float32)
 
 
-def completion_lengths(rows):
-    """Tokens of each row's completion, with the end of sequence, `[N]`."""
-    return np.concatenate([block["is_target"].sum(1) for block in rows.iter(1000)])
-
-
 def load_records(args, tokenizer, ranks):
     """`load_data` of records with both outcomes; `--reward-model` scores those without a reward.
 
     Raises:
-        UsageError: an outcome is missing, or a completion has one token: nothing to compare.
+        UsageError: records of one of the outcomes are missing.
     """
     score = functools.partial(reward_scores, args.reward_model, ranks.device)
     sizes = (args.seq_len, args.seed, args.noise_frac)
     data = load_data(args.data, tokenizer, *sizes, ranks, score if args.reward_model else None)
-    if data.heldout_records is None:
-        remedy = "add a column reward (0 to 1), or name a --reward-model"
-        raise UsageError(f"--data {args.data}: has no rewards; {remedy}")
-    reward_N, length_N = np.array(data.train["reward"][:]), completion_lengths(data.train)
-    if reward_N.min() == reward_N.max():
-        rewards = f"all {len(reward_N)} rewards are {reward_N[0]:g}"
-        raise UsageError(f"--data {args.data}: {rewards}; V needs right and wrong records")
-    if length_N.min() < 3:
-        row = f"training row {length_N.argmin() + 1} has {length_N.min() - 1} token(s)"
-        raise UsageError(f"--data {args.data}: the completion of {row}; at least 2")
+    rewards = [] if data.heldout_records is None else data.train["reward"][:]
+    if len(set(rewards)) < 2:
+        needed = "right and wrong records: a column reward (0 to 1), or a --reward-model"
+        raise UsageError(f"--data {args.data}: V needs {needed}")
     return data
 
 
-@torch.no_grad()
 def reward_scores(name, device, prompts, completions):
     """Rewards from 0 to 1 of a Hugging Face sequence classifier, `[N]`.
 
@@ -463,31 +417,28 @@ def reward_scores(name, device, prompts, completions):
     Raises:
         UsageError: no such model, another number of outputs, or an untrained classification head.
     """
-    flag = f"--reward-model {name}"
+    flag, load = f"--reward-model {name}", transformers.AutoModelForSequenceClassification
     try:
-        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="right")
+        model, info = load.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
     except Exception as error:  # a broken folder raises errors without a common class
         raise UsageError(f"{flag}: no sequence classifier ({first_line(error)})") from None
-    if lacking := [*info["missing_keys"], *info["mismatched_keys"]]:
-        raise UsageError(f"{flag}: lacks {lacking[0]}, so it is no trained classifier")
-    if model.config.num_labels not in (1, 2):
-        raise UsageError(f"{flag}: has {model.config.num_labels} outputs; 1 or 2")
-    tokenizer.truncation_side, model = "left", model.to(device).eval()
+    num_labels = model.config.num_labels
+    if info["missing_keys"] or info["mismatched_keys"] or num_labels > 2:
+        raise UsageError(f"{flag}: no trained classifier with 1 or 2 outputs, but {num_labels}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     longest = getattr(model.config, "max_position_embeddings", None)
-    options = dict(padding=True, truncation=longest is not None, max_length=longest)
-    rewards, texts = [], [prompt + end for prompt, end in zip(prompts, completions)]
-    for first in range(0, len(texts), 16):
-        inputs = tokenizer(texts[first : first + 16], return_tensors="pt", **options).to(device)
-        inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-        logits = model(**inputs).logits.float().cpu()
-        is_logit = logits.shape[1] == 1
-        rewards.append(logits[:, 0].sigmoid() if is_logit else logits.softmax(-1)[:, 1])
-    return torch.cat(rewards).double().numpy()
+    options = dict(top_k=None, batch_size=16, truncation=longest is not None, max_length=longest)
+    classify = transformers.pipeline(
+        "text-classification", model=model, tokenizer=tokenizer, device=device, **options
+    )
+    label, texts = (
+        model.config.id2label[num_labels - 1],
+        [p + c for p, c in zip(prompts, completions)],
+    )
+    scores = [score for scores in classify(texts) for score in scores]
+    return np.array([score["score"] for score in scores if score["label"] == label])
 
 
 # ------------------------------------------------------------------------------------- judgement
@@ -510,25 +461,17 @@ def judge_value(critic, data, tokenizer, micro_batch_size, name, ranks):
 def judge(value_NT, data, tokenizer):
     """How well V of the prefixes of held-out rows, `[N, T]`, tells their outcome, beside chance.
 
-    `auc`: of V after the last token, correct against wrong records. `auc_position`: of the mean
-    reward of training completions of about this length (20 bins): what a position tells.
-    `pairs`: share of (correct, wrong) siblings whose V at the end is in order, ties half.
-    `fault_token`: share of the wrong records with a known fault whose token of the largest drop of
-    V lies in the fault; `fault_token_chance`: of a random token.
+    `auc`: of V after the last token, correct against wrong records. `auc_position`: of the length
+    of the completion, up or down. `pairs`: share of (correct, wrong) siblings whose V at the end is
+    in order, ties half. `fault_token`: share of the wrong records with a known fault whose token of
+    the largest drop of V lies in the fault; `fault_token_chance`: of a random token.
     """
     columns = data.heldout[:]
     is_target_NT, is_correct_N = columns["is_target"], columns["reward"] > CORRECT
-    length_N = is_target_NT.sum(1)
     last_N = is_target_NT.shape[1] - 1 - is_target_NT[:, ::-1].argmax(1)
     end_N = value_NT[np.arange(len(last_N)), last_N]
-
-    train_N, reward_N = completion_lengths(data.train), np.array(data.train["reward"][:])
-    edges = np.unique(np.quantile(train_N, np.linspace(0, 1, 21)[1:-1]))
-    bins = np.searchsorted(edges, train_N)
-    sums = np.bincount(bins, reward_N, len(edges) + 1)
-    mean_reward = sums / np.maximum(1, np.bincount(bins, None, len(edges) + 1))
-    by_length_N = mean_reward[np.searchsorted(edges, length_N)]
-    figures = {"auc": auc(end_N, is_correct_N), "auc_position": auc(by_length_N, is_correct_N)}
+    by_length = auc(is_target_NT.sum(1), is_correct_N)
+    figures = {"auc": auc(end_N, is_correct_N), "auc_position": max(by_length, 1 - by_length)}
 
     siblings = collections.defaultdict(lambda: ([], []))
     for sibling, is_correct, value in zip(columns["sibling"].tolist(), is_correct_N, end_N):

@@ -59,86 +59,59 @@ from common import set_gradient_sync, setup_ranks, shard, weights_of_targets
 @dataclass
 class Args:
     # Run
-    run_dir: str = ""
-    """Folder of the run; empty: runs/<script>-s<seed>-<hash of arguments and sources>."""
-    seed: int = 0
-    """Fixes initial weights, order of the data, held-out documents and noise."""
+    run_dir: str = ""  # folder of the run; empty: runs/<script>-s<seed>-<hash>
+    seed: int = 0  # fixes initial weights, order of the data, held-out documents and noise
     tracker: Literal["mlflow", "wandb", "none"] = "mlflow"
     """mlflow: a SQLite file beside the run folders. wandb: offline where no key is set."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: CUDA, else the CPU."""
-    accept_changed_sources: bool = False
-    """Resume the run in --run-dir although this script or common.py has changed since."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else the CPU
+    accept_changed_sources: bool = False  # resume --run-dir though script or common.py changed
 
     # Model
-    model: str = "tiny"
-    """tiny or a config.json (from scratch), a Hugging Face model (folder or hub name), or a run."""
-    num_heads: int = 4
-    """Heads H: how many next tokens are predicted at once. 1 is plain next-token training."""
+    model: str = "tiny"  # tiny, a config.json, a Hugging Face model (folder or hub name), or a run
+    num_heads: int = 4  # heads H: how many next tokens are predicted at once; 1 is plain training
     mtp_schedule: Literal["constant", "forward", "reverse"] = "forward"
     """Heads trained: all; 1, 2, .. H in equal parts of the run; or H, .. 2, 1 (2505.22757)."""
 
     # Data
-    data: str = "stdlib"
-    """stdlib, stdlib:a, stdlib:b (halves), stdlib-bugs, mbpp, a file, a folder, or a hub name."""
-    seq_len: int = 256
-    """Tokens a row."""
-    noise_frac: float = 0.0
-    """Share of the training lines replaced by random characters; held-out text stays clean."""
+    data: str = "stdlib"  # stdlib, stdlib:a or :b, stdlib-bugs, mbpp, a file, folder or hub name
+    seq_len: int = 256  # tokens a row
+    noise_frac: float = 0.0  # share of the training lines replaced by random characters
 
     # Optimisation
-    batch_size: int = 4
-    """Rows an update, over all ranks and micro-steps."""
-    micro_batch_size: int = 0
-    """Rows a rank runs through the model at once; 0: batch size / ranks."""
-    lr: float = 3e-3
-    """Peak learning rate of AdamW."""
-    warmup_steps: int = 40
-    """Updates of linear warm-up; a cosine to zero follows."""
-    max_steps: int = 1750
-    """Updates in all."""
-    weight_decay: float = 0.1
-    """Decay of matrices; vectors have none."""
-    grad_clip: float = 1.0
-    """Largest norm of the gradient; 0: off."""
+    batch_size: int = 4  # rows an update, over all ranks and micro-steps
+    micro_batch_size: int = 0  # rows a rank runs through the model at once; 0: batch size / ranks
+    lr: float = 3e-3  # peak learning rate of AdamW
+    warmup_steps: int = 40  # updates of linear warm-up; a cosine to zero follows
+    max_steps: int = 1750  # updates in all
+    weight_decay: float = 0.1  # decay of matrices; vectors have none
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: off
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the products; auto: bf16 on a GPU that has it, else fp32. Master weights are fp32."""
-    compile: bool = False
-    """Run the model through torch.compile."""
+    compile: bool = False  # run the model through torch.compile
     recompute: Literal["none", "heads", "all"] = "none"
     """Layers that run again in the backward: less memory, more time."""
 
     # Evaluation and checkpoints
-    eval_every: int = 0
-    """Updates between evaluations on the held-out documents; 0: only at the end."""
-    save_every: int = 500
-    """Updates between checkpoints; 0: only at the end."""
-    keep_last: int = 2
-    """Checkpoints to keep; 0: all."""
-    checkpoint_dir: str = ""
-    """Folder or URL for checkpoints, in a subfolder of the run's name; empty: in the run folder."""
+    eval_every: int = 0  # updates between evaluations on the held-out documents; 0: only at the end
+    save_every: int = 500  # updates between checkpoints; 0: only at the end
+    keep_last: int = 2  # checkpoints to keep; 0: all
+    checkpoint_dir: str = ""  # folder or URL of checkpoints; empty: checkpoints/ in the run folder
 
     # Algorithm specific arguments
     lambda_: Annotated[float | None, tyro.conf.arg(name="lambda")] = None
     """Share of equal weights, 0 to 1; None: 0.3 in --mode weighted, 0 in token_skip."""
-    temperature: float = 0.7
-    """Of the softmax of --mode weighted, nats; small: few tokens take all the weight."""
-    epsilon: float = 0.05
-    """Least u of --mode weighted."""
-    max_weight: float = 3.0
-    """Largest u of --mode weighted."""
-    ref_model: str = ""
-    """Reference: a run, its model/, or a Hugging Face causal LM with the tokenizer of this run."""
+    temperature: float = 0.7  # of the softmax, nats; small: few tokens take all the weight
+    epsilon: float = 0.05  # least u of --mode weighted
+    max_weight: float = 3.0  # largest u of --mode weighted
+    ref_model: str = ""  # reference: a run, its model/, or a Hugging Face model of this tokenizer
     mode: Literal["weighted", "token_skip"] = "token_skip"
     """weighted: softmax of the scores. token_skip: the lowest scores are left out."""
-    skip_ratio: float = 0.3
-    """Share of the valid tokens that token_skip leaves out, from 0 to below 1."""
+    skip_ratio: float = 0.3  # share of the valid tokens that token_skip leaves out, below 1
     score: Literal["excess", "abs", "reference", "loss"] = "excess"
     """excess: loss - reference loss. Ablations: abs of it; minus the reference loss; the loss."""
     control: Literal["none", "shuffle", "random"] = "none"
     """Weights without information: permuted among the tokens, or drawn from them anew."""
-    ref_online: bool = False
-    """Compute the reference losses in every step instead of once into a file."""
+    ref_online: bool = False  # compute the reference losses in every step, not once into a file
 
     def __post_init__(self):
         names = "seed lr weight_decay grad_clip warmup_steps eval_every save_every keep_last"
@@ -264,7 +237,9 @@ class Reference:
             longest = f"has positions for {max_positions(text)} tokens"
             raise UsageError(f"{flag}: {longest}, fewer than --seq-len {args.seq_len}")
         weights = [f for f in Path(self.folder).glob("*") if f.suffix in (".safetensors", ".bin")]
-        digest = hashlib.sha256(f"{text.to_dict()} {getattr(config, "_commit_hash", None)}".encode())
+        digest = hashlib.sha256(
+            f"{text.to_dict()} {getattr(config, '_commit_hash', None)}".encode()
+        )
         for file in sorted(weights) if ranks.rank == 0 else []:
             digest.update(file.read_bytes())
         self.fingerprint = ranks.broadcast(digest.hexdigest()[:16])
