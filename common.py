@@ -189,7 +189,7 @@ def shard(model, ranks):
     half = ranks.dtype if ranks.dtype != torch.float32 else None
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
     options = dict(mesh=init_device_mesh(ranks.device.type, (ranks.world_size,)), mp_policy=policy)
-    for layer in [*model.trunk_layers, *model.heads.layers]:
+    for layer in model.layers:
         if sum(p.numel() for p in layer.parameters()) >= SMALL_LAYER:
             fully_shard(layer, **options)
     fully_shard(model, **options)
@@ -296,6 +296,10 @@ class MTPModel(nn.Module):
     @property
     def trunk_layers(self):
         return self.causal_lm.model.layers[:-1]
+
+    @property
+    def layers(self):
+        return [*self.trunk_layers, *self.heads.layers]
 
     def hidden(self, x_BT, num_heads):
         """Normed states of heads 1..num_heads, `[K, B, T, D]`."""
@@ -861,7 +865,9 @@ def _split(documents, seed, name):
 
     if len(documents) < 2:
         raise UsageError(f"--data {name}: {len(documents)} document(s); the split needs two")
-    lengths = pc.binary_length(documents.flatten_indices().data.column(target_column(documents))).to_numpy()
+    lengths = pc.binary_length(
+        documents.flatten_indices().data.column(target_column(documents))
+    ).to_numpy()
     judged = "group" in documents.column_names
     group = (
         np.unique(documents["group"][:], return_inverse=True)[1]

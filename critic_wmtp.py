@@ -108,8 +108,8 @@ class Args:
     max_weight: float = 3.0  # largest u
     gamma: float = 1.0  # discount of the value of the next prefix
     gae_lambda: float = 0.95  # 0: credit by the next value alone; 1: by the outcome alone
-    value: Literal["separate", "frozen", "shared"] = "separate"
-    """Trunk under V: a copy; the policy's, no gradient; the policy's with gradient, no stage 1."""
+    value: Literal["separate", "frozen"] = "separate"
+    """Trunk under V: a copy that stage 1 trains, or the policy's, without gradient."""
     value_steps: int = 500  # updates of stage 1
     value_batches: int = 2  # batches of --batch-size rows in an update of stage 1
     value_lr: float = 1e-3  # peak learning rate of stage 1; 0: --lr
@@ -129,8 +129,6 @@ class Args:
         at_least_0 = dict.fromkeys(("value_steps", "value_lr", "value_coef", "pair_coef"), (0, 1e9))
         check_ranges(self, **unit_interval, **at_least_0, temperature=(1e-6, 1e6))
         check_ranges(self, max_weight=(1, 1e9), value_batches=(1, 1e9))
-        if self.value == "shared" and self.value_coef == 0 and self.lambda_ < 1:
-            raise UsageError("--value-coef 0: --value shared learns by it alone; above 0")
 
 
 # ------------------------------------------------------------------------------------- algorithm
@@ -224,17 +222,23 @@ def token_weights(batch, logit_BT, moments, key, args, ranks):
 
 
 # ----------------------------------------------------------------------------------------- value
-class Evidence(nn.Module):
-    """What each token says of the outcome, `[B, T]`.
+class Value(nn.Module):
+    """Logit of V for every prefix, `[B, T]`: a running sum of evidence.
 
-    It reads the trunk's state and embeddings of the last 2, 3, 4 and 6 tokens by their hash
+    By Bayes' rule a token changes the log odds of the outcome by the logarithm of how much
+    likelier it is under the one outcome than under the other, given what stands before. It is read
+    from the trunk's state and from embeddings of the last 2, 3, 4 and 6 tokens by their hash
     (2412.09871, section 3.2.1), which a small trunk learns late.
     """
 
     SPANS, BUCKETS, WIDTH = (2, 3, 4, 6), 2**14, 16
 
-    def __init__(self, width):
+    def __init__(self, policy, separate):
         super().__init__()
+        self.trunk, width = None, policy.causal_lm.config.hidden_size
+        if separate:
+            self.trunk = copy.deepcopy(policy.causal_lm.model)
+            self.trunk.layers, self.trunk.norm = self.trunk.layers[:-1], nn.Identity()
         self.norm, self.inner = nn.LayerNorm(width), nn.Linear(width, width)
         self.outer = nn.Linear(width, 1)
         self.spans = nn.ModuleList([nn.Embedding(self.BUCKETS, self.WIDTH) for _ in self.SPANS])
@@ -244,7 +248,13 @@ class Evidence(nn.Module):
         nn.init.zeros_(self.outer.weight)  # V is 1/2 at the start
         nn.init.zeros_(self.outer.bias)
 
-    def forward(self, x_BT, trunk_BTD):
+    @property
+    def layers(self):
+        return self.trunk.layers if self.trunk is not None else []
+
+    def forward(self, x_BT, trunk_BTD, prefix_BT):
+        if self.trunk is not None:
+            trunk_BTD = self.trunk(input_ids=x_BT, use_cache=False).last_hidden_state
         embedded, hash_BT = [], torch.zeros_like(x_BT)
         for back in range(max(self.SPANS)):
             earlier_BT = F.pad(x_BT, (back, 0))[:, : x_BT.shape[1]]
@@ -252,46 +262,17 @@ class Evidence(nn.Module):
             if back + 1 in self.SPANS:
                 embedded.append(self.spans[len(embedded)](hash_BT % self.BUCKETS))
         states_BTD = self.norm(trunk_BTD + self.mix(torch.cat(embedded, -1)))
-        return self.outer(F.gelu(self.inner(states_BTD))).float().squeeze(-1)
-
-
-class Value(nn.Module):
-    """Logit of V for every prefix, `[B, T]`: a running sum of evidence.
-
-    By Bayes' rule a token changes the log odds of the outcome by the logarithm of how much
-    likelier it is under the one outcome than under the other, given what stands before.
-    """
-
-    def __init__(self, policy, separate):
-        super().__init__()
-        self.trunk = copy.deepcopy(policy.causal_lm.model) if separate else None
-        if separate:
-            self.trunk.layers, self.trunk.norm = self.trunk.layers[:-1], nn.Identity()
-        head = Evidence(policy.causal_lm.config.hidden_size)
-        self.heads = nn.ModuleDict({"layers": nn.ModuleList([head])})  # where `shard` looks
-
-    @property
-    def trunk_layers(self):
-        return self.trunk.layers if self.trunk is not None else []
-
-    def forward(self, x_BT, trunk_BTD, prefix_BT):
-        if self.trunk is not None:
-            trunk_BTD = self.trunk(input_ids=x_BT, use_cache=False).last_hidden_state
-        return (self.heads.layers[0](x_BT, trunk_BTD) * prefix_BT).cumsum(1)
+        evidence_BT = self.outer(F.gelu(self.inner(states_BTD))).float().squeeze(-1)
+        return (evidence_BT * prefix_BT).cumsum(1)
 
 
 class Critic(nn.Module):
-    """Policy, value and moving moments of the advantages: all that a checkpoint holds.
-
-    Raises:
-        UsageError: `--value-head` cannot be read into this value.
-    """
+    """Policy, value (`--value-head` is read) and moving moments of the advantages."""
 
     def __init__(self, policy, args, ranks):
         super().__init__()
         self.policy, self.value = policy, Value(policy, args.value == "separate")
         self.moments = nn.Parameter(torch.zeros(3, device=ranks.device), requires_grad=False)
-        self.trains_trunk = args.value == "shared" and args.lambda_ < 1
         self.value_coef = 0.0 if args.value == "separate" else args.value_coef
         self.trunk_BTD, self.ranks, self.fingerprint = None, ranks, ""
         if args.value_head:
@@ -306,18 +287,16 @@ class Critic(nn.Module):
         shard(self.value.to(ranks.device), ranks)
 
     def keep(self, heads, inputs):
-        self.trunk_BTD = inputs[0]  # the trunk's output in the policy's last pass
+        self.trunk_BTD = inputs[0].detach()  # the trunk's output in the policy's last pass
 
     def logits(self, batch, run_policy=False):
         """Logit of V, `[B, T]`; without `run_policy` the policy's last pass was of this batch."""
-        with self.ranks.autocast(), torch.set_grad_enabled(run_policy or self.value_coef > 0):
+        has_gradient = torch.is_grad_enabled() and (run_policy or self.value_coef > 0)
+        with self.ranks.autocast(), torch.set_grad_enabled(has_gradient):
             if run_policy and self.value.trunk is None:
                 with torch.no_grad():
                     self.policy(batch.x_BT, batch.targets_KBT[:1])
-            state_BTD = self.trunk_BTD
-            if state_BTD is not None and not self.trains_trunk:
-                state_BTD = state_BTD.detach()
-            return self.value(batch.x_BT, state_BTD, prefixes(batch))
+            return self.value(batch.x_BT, self.trunk_BTD, prefixes(batch))
 
     def save(self, file):
         """Write V, with its trunk where it has its own, as one safetensors file."""
@@ -329,8 +308,7 @@ class Critic(nn.Module):
 # --------------------------------------------------------------------------------------- stage 1
 def train_value(critic, optimizer, data, tokenizer, run, micro_batch_size, args, ranks):
     """Train V, with steps and checkpoints of its own, then judge it on the held-out rows."""
-    has_stage = args.value != "shared" and not args.value_head
-    run = run.stage("value", args.value_steps if has_stage else 0)
+    run = run.stage("value", 0 if args.value_head else args.value_steps)
     plan = replace(args, max_steps=max(1, run.num_steps), lr=args.value_lr or args.lr)
     rows, copies = args.batch_size * args.value_batches, 2 if args.pair_coef else 1
     partner_N, share_N = partners(data.train, copies)
@@ -393,11 +371,7 @@ def partners(rows, copies):
 
 
 def load_records(args, tokenizer, ranks):
-    """`load_data` of records with both outcomes; `--reward-model` scores those without a reward.
-
-    Raises:
-        UsageError: records of one of the outcomes are missing.
-    """
+    """`load_data` of records with both outcomes; `--reward-model` scores those without a reward."""
     score = functools.partial(reward_scores, args.reward_model, ranks.device)
     sizes = (args.seq_len, args.seed, args.noise_frac)
     data = load_data(args.data, tokenizer, *sizes, ranks, score if args.reward_model else None)
@@ -412,10 +386,7 @@ def reward_scores(name, device, prompts, completions):
     """Rewards from 0 to 1 of a Hugging Face sequence classifier, `[N]`.
 
     One output is a logit: sigmoid. Of two the second is the correct class: softmax. Of a text that
-    is too long the end is read.
-
-    Raises:
-        UsageError: no such model, another number of outputs, or an untrained classification head.
+    is too long the end is read. A `UsageError` names a model that is no trained classifier.
     """
     flag, load = f"--reward-model {name}", transformers.AutoModelForSequenceClassification
     try:
