@@ -857,37 +857,32 @@ def _with_rewards(records, name, score):
 
 
 def _split(documents, seed, name):
-    """Numbers of the documents to train on and of those held out, two arrays."""
+    """Numbers of the documents to train on and of those held out, two arrays.
+
+    Groups (a text and its copies, or the records of one group) are held out in the order of a hash
+    of (seed, text) until 3 % of the bytes (10 % of records with outcomes; at most 4 MB) are
+    reached. The group that reaches them is held out too, which favours no length.
+    """
     if "part" in documents.column_names:
         part_N = np.array(documents["part"])
         return np.flatnonzero(part_N == "train"), np.flatnonzero(part_N == "heldout")
-    import pyarrow.compute as pc
-
-    if len(documents) < 2:
-        raise UsageError(f"--data {name}: {len(documents)} document(s); the split needs two")
-    lengths = pc.binary_length(
-        documents.flatten_indices().data.column(target_column(documents))
-    ).to_numpy()
-    judged = "group" in documents.column_names
-    group = (
-        np.unique(documents["group"][:], return_inverse=True)[1]
-        if judged
-        else np.arange(len(lengths))
-    )
-    sizes = np.bincount(group, lengths)
-    if len(sizes) < 2:
-        raise UsageError(f"--data {name}: all records have one prompt; the split needs two")
-    budget = min(4_000_000, (0.1 if judged else 0.03) * lengths.sum())
-    heldout, used = [], 0
-    for number in np.random.default_rng(seed).permutation(len(sizes)):
-        if used + sizes[number] <= budget:
-            heldout.append(number)
-            used += sizes[number]
-    heldout = np.flatnonzero(np.isin(group, heldout or [int(sizes.argmin())]))
-    texts = _texts(documents)
-    kept_back = {texts[n] for n in heldout}
-    copies = [n for n in range(len(texts)) if texts[n] in kept_back]
-    return np.setdiff1d(np.arange(len(lengths)), copies), heldout
+    has_group = "group" in documents.column_names
+    hashes = [_fingerprint([seed, text]) for text in _texts(documents)]
+    groups = documents["group"][:] if has_group else hashes
+    size, first_hash = collections.Counter(), {}
+    for group, text_hash, text in zip(groups, hashes, documents[documents.column_names[-1]]):
+        size[group] += len(text.encode("utf-8", "replace"))
+        first_hash[group] = min(text_hash, first_hash.get(group, text_hash))
+    if len(size) < 2:
+        kind = "prompt" if has_group else "text"
+        raise UsageError(f"--data {name}: holds {len(size)} {kind}(s); the split needs at least 2")
+    budget, heldout = min(4e6, (0.1 if has_group else 0.03) * size.total()), set()
+    for group in sorted(size, key=first_hash.get)[:-1]:
+        if sum(size[held] for held in heldout) >= budget:
+            break
+        heldout.add(group)
+    is_heldout_N = np.array([group in heldout for group in groups])
+    return np.flatnonzero(~is_heldout_N), np.flatnonzero(is_heldout_N)
 
 
 def _pack(documents, tokenizer, seq_len, noise_frac, seed, key):
