@@ -334,6 +334,39 @@ def weights_of_targets(weight_BT, num_heads):
     return weight_KBT
 
 
+def bounded_softmax(logit_N, epsilon, max_weight):
+    """`clip(exp(logit + c), epsilon, max_weight)`, `[N]`, with the c that makes its mean 1.
+
+    N times the softmax where no bound is met; so the bounds hold for the weights that are used. c
+    is found by bisection. epsilon is at most 1, max_weight at least 1.
+    """
+    if len(logit_N) == 0:
+        return logit_N
+    low = math.log(max(epsilon, 1e-9)) - logit_N.max()  # every weight at most epsilon
+    high = math.log(max_weight) - logit_N.min()  # every weight at least max_weight
+    for _ in range(60):
+        middle = (low + high) / 2
+        is_low = (logit_N + middle).exp().clamp(epsilon, max_weight).mean() < 1
+        low, high = torch.where(is_low, middle, low), torch.where(is_low, high, middle)
+    return (logit_N + high).exp().clamp(epsilon, max_weight)
+
+
+def control_weights(u_N, control, key, row_N=None):
+    """Weights without information: `shuffle` permutes u (within rows `row_N`), `random` draws anew.
+
+    `key` seeds the draw; the mean stays 1.
+    """
+    if control == "none" or len(u_N) == 0:
+        return u_N
+    random_numbers, N = np.random.default_rng(key), len(u_N)
+    drawn = random_numbers.integers(0, N, N)
+    if control == "shuffle":
+        rows = np.zeros(N) if row_N is None else row_N.cpu().numpy()
+        drawn = np.lexsort((random_numbers.random(N), rows))
+    u_N = u_N[torch.from_numpy(drawn).to(u_N.device)]
+    return u_N / u_N.mean() if u_N.any() else torch.ones_like(u_N)
+
+
 def active_heads(schedule, step, max_steps, num_heads):
     """How many heads, 1..k, train in update `step` (0-based): the curricula of 2505.22757.
 

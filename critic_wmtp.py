@@ -8,7 +8,7 @@ with more weight on tokens after which V rises (advantage-weighted regression, 1
     delta[t] = gamma V[t] - V[t-1];  at the last token R - V[t-1]
     A[t]     = sum_l (gamma gae_lambda)^l delta[t+l]    GAE, arXiv 1506.02438, eq. 16
     s        = (A - mean) / deviation                   both moving over updates
-    u        = N softmax(s / temperature), bounded, mean 1
+    u        = N softmax(s / temperature), bounded_softmax, mean 1
     w        = lambda + (1 - lambda) u
     L        = 1/N * sum_t sum_k  m[t,k] * w[t+k] * CE[t,k]    stage 2, plus --value-coef * BCE
 
@@ -50,11 +50,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
-from common import CORRECT, IGNORE, Run, Sums, UsageError, active_heads, batch_rows, build_model
-from common import check_ranges, clip_gradients, count_targets, describe, encode, evaluate_heldout
-from common import first_line, full_state, heldout_batches, learning_rate, load_batch, load_data
-from common import make_optimizer, micro_batch_rows, micro_batches, run_script, set_gradient_sync
-from common import setup_ranks, shard, weights_of_targets
+from common import CORRECT, Data, IGNORE, Run, Sums, UsageError, active_heads, batch_rows
+from common import bounded_softmax, build_model, check_ranges, clip_gradients, control_weights
+from common import count_targets, describe, encode, evaluate_heldout, first_line, full_state
+from common import heldout_batches, learning_rate, load_batch, load_data, make_optimizer
+from common import micro_batch_rows, micro_batches, run_script, set_gradient_sync, setup_ranks
+from common import shard, weights_of_targets
 
 # Shapes: B sequences, T positions, K heads, D width, R ranks, N valid targets of head 1 in a
 # micro-step over all ranks, or held-out rows.
@@ -186,20 +187,6 @@ def whiten(advantage_N, moments, decay=0.99):
     return (advantage_N - mean) / (deviation + 1e-4)
 
 
-def weights_of_scores(score_N, row_N, key, args):
-    """Weights u of the valid targets of a micro-step, mean 1; `key` seeds the controls."""
-    u_N = torch.softmax(score_N / args.temperature, 0) * len(score_N)
-    u_N = u_N.clamp(args.epsilon, args.max_weight)
-    if args.control != "none" and len(u_N) > 0:
-        random, N = np.random.default_rng(key), len(u_N)
-        if args.control == "shuffle":  # inside of each row
-            drawn = np.lexsort((random.random(N), row_N.cpu()))
-        else:
-            drawn = random.integers(0, N, N)
-        u_N = u_N[torch.from_numpy(drawn).to(u_N.device)]
-    return u_N / u_N.mean()
-
-
 @torch.no_grad()
 def token_weights(batch, logit_BT, moments, key, args, ranks):
     """Weight of every token of this rank, `[B, T]`, from V; 1 where a token is no target.
@@ -215,7 +202,8 @@ def token_weights(batch, logit_BT, moments, key, args, ranks):
     advantage_RBT, valid_RBT = gathered_R2BT[:, 0], gathered_R2BT[:, 1] > 0
     row_N = valid_RBT.flatten(0, 1).nonzero()[:, 0]
     score_N = whiten(advantage_RBT[valid_RBT], moments)
-    u_N = weights_of_scores(score_N, row_N, key, args)
+    u_N = bounded_softmax(score_N / args.temperature, args.epsilon, args.max_weight)
+    u_N = control_weights(u_N, args.control, key, row_N)
     weight_RBT = torch.ones_like(advantage_RBT)
     weight_RBT[valid_RBT] = 1 + (1 - args.lambda_) * (u_N - 1)  # lambda + (1 - lambda) u
     return weight_RBT[ranks.rank]

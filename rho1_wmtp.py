@@ -6,7 +6,7 @@ score: what can be learnt and is not known yet. Noise has a high loss under both
 known has a low one, so both score low. A token has one weight, whichever head predicts it:
 
     s[j] = CE_1[j] - CE_ref[j]                              eq. 3: same token, same prefix
-    u    = N softmax(s / temperature), bounded, mean 1      --mode weighted
+    u    = N softmax(s / temperature), bounded_softmax, mean 1      --mode weighted
     u[j] = 1/(1 - ratio) if s[j] is among the highest       --mode token_skip, eq. 4 and 5
     w    = lambda + (1 - lambda) u
     L    = 1/N * sum_t sum_k  m[t,k] * w[t+k] * CE[t,k]
@@ -46,11 +46,11 @@ import transformers
 import tyro
 from sklearn.metrics import roc_auc_score
 
-from common import IGNORE, Run, Sums, UsageError, active_heads, build_model, check_ranges
-from common import clip_gradients, count_targets, describe, evaluate_heldout, first_line
-from common import learning_rate, load_batch, load_data, load_mtp, load_tokenizer, make_optimizer
-from common import max_positions, micro_batch_rows, micro_batches, model_dir, run_script
-from common import set_gradient_sync, setup_ranks, shard, weights_of_targets
+from common import Data, IGNORE, Run, Sums, UsageError, active_heads, bounded_softmax, build_model
+from common import check_ranges, clip_gradients, control_weights, count_targets, describe
+from common import evaluate_heldout, first_line, learning_rate, load_batch, load_data, load_mtp
+from common import load_tokenizer, make_optimizer, max_positions, micro_batch_rows, micro_batches
+from common import model_dir, run_script, set_gradient_sync, setup_ranks, shard, weights_of_targets
 
 # Shapes: B sequences, T positions, K heads, R ranks, N valid targets of head 1 in a micro-step over
 # all ranks, in the order rank, row, position: the same order on any number of ranks.
@@ -144,21 +144,12 @@ def select(score_N, skip_ratio):
     return kept_N
 
 
-def weights_of_scores(score_N, key, args):
-    """Weights u of the valid targets of a micro-step, mean 1; `key` seeds the controls."""
+def weights_of_scores(score_N, args):
+    """Weights u of the valid targets of a micro-step, mean 1: a selection, or a bounded softmax."""
     if args.mode == "token_skip":
-        u_N = select(score_N, args.skip_ratio).float()
-    else:
-        u_N = torch.softmax(score_N / args.temperature, 0) * len(score_N)
-        u_N = u_N.clamp(args.epsilon, args.max_weight)
-    u_N = u_N / u_N.mean()
-    if args.control == "none" or len(u_N) == 0:
-        return u_N
-    random, N = np.random.default_rng(key), len(u_N)
-    if args.control == "shuffle":
-        return u_N[torch.from_numpy(random.permutation(N)).to(u_N.device)]
-    u_N = u_N[torch.from_numpy(random.integers(0, N, N)).to(u_N.device)]
-    return u_N / u_N.mean() if u_N.any() else torch.ones_like(u_N)
+        kept_N = select(score_N, args.skip_ratio).float()
+        return kept_N / kept_N.mean()
+    return bounded_softmax(score_N / args.temperature, args.epsilon, args.max_weight)
 
 
 @torch.no_grad()
@@ -177,7 +168,7 @@ def token_weights(batch, loss_KBT, ref_BT, key, args, ranks):
     loss_N, ref_N, noise_N = values_4RBT[:3, valid_RBT]
 
     score_N = token_scores(loss_N, ref_N, args.score)
-    u_N = weights_of_scores(score_N, key, args)
+    u_N = control_weights(weights_of_scores(score_N, args), args.control, key)
     weight_N = 1 + (1 - args.lambda_) * (u_N - 1)  # lambda + (1 - lambda) u, exactly 1 where u is
 
     target_weight_RBT = torch.ones_like(values_4RBT[3])
