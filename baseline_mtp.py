@@ -34,10 +34,10 @@ from typing import Literal
 
 import torch
 
-from common import Data, Run, Sums, active_heads, build_model, check_ranges, clip_gradients
-from common import count_targets, describe, evaluate_heldout, learning_rate, load_data
-from common import make_optimizer, micro_batch_rows, micro_batches, run_script, set_gradient_sync
-from common import setup_ranks, shard, weights_of_targets
+from common import Run, Sums, active_heads, build_model, check_ranges, clip_gradients, count_targets
+from common import describe, evaluate_heldout, learning_rate, load_data, make_optimizer
+from common import micro_batch_rows, micro_batches, run_script, set_gradient_sync, setup_ranks
+from common import shard, weights_of_targets
 
 # Shapes: B sequences, T positions, K heads. weight_BT holds a weight for every token of x_BT.
 

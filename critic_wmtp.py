@@ -50,12 +50,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
-from common import CORRECT, Data, IGNORE, Run, Sums, UsageError, active_heads, batch_rows
-from common import bounded_softmax, build_model, check_ranges, clip_gradients, control_weights
-from common import count_targets, describe, encode, evaluate_heldout, first_line, full_state
-from common import heldout_batches, learning_rate, load_batch, load_data, make_optimizer
-from common import micro_batch_rows, micro_batches, run_script, set_gradient_sync, setup_ranks
-from common import shard, weights_of_targets
+from common import CORRECT, IGNORE, Run, Sums, UsageError, active_heads, batch_rows, bounded_softmax
+from common import build_model, check_ranges, clip_gradients, control_weights, count_targets
+from common import describe, encode, evaluate_heldout, first_line, full_state, heldout_batches
+from common import learning_rate, load_batch, load_data, make_optimizer, micro_batch_rows
+from common import micro_batches, run_script, set_gradient_sync, setup_ranks, shard
+from common import weights_of_targets
 
 # Shapes: B sequences, T positions, K heads, D width, R ranks, N valid targets of head 1 in a
 # micro-step over all ranks, or held-out rows.

@@ -46,7 +46,7 @@ import transformers
 import tyro
 from sklearn.metrics import roc_auc_score
 
-from common import Data, IGNORE, Run, Sums, UsageError, active_heads, bounded_softmax, build_model
+from common import IGNORE, Run, Sums, UsageError, active_heads, bounded_softmax, build_model
 from common import check_ranges, clip_gradients, control_weights, count_targets, describe
 from common import evaluate_heldout, first_line, learning_rate, load_batch, load_data, load_mtp
 from common import load_tokenizer, make_optimizer, max_positions, micro_batch_rows, micro_batches
