@@ -687,7 +687,8 @@ class Data:
     it); of records with outcomes also `reward` and `sibling` (number of their task).
     """
 
-    train: datasets.Dataset
+    train: datasets.Dataset  # of records with outcomes the correct ones
+    records: datasets.Dataset  # all training rows, wrong records too
     heldout: datasets.Dataset
     fingerprint: str  # of the text of both and of the split
     tokenizer_fingerprint: str
@@ -740,31 +741,37 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, ranks, score):
         pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
         vocabulary += [pipeline[key] for key in sorted(pipeline.keys() - {"truncation", "padding"})]
     tokenizer_fingerprint = _fingerprint(vocabulary)
-    parts, fingerprints = {}, []
-    for part, numbers, noise in (("train", train_N, noise_frac), ("heldout", heldout_N, 0.0)):
+    parts, fingerprints, names = {}, [], {"records": "training", "heldout": "held-out"}
+    for part, numbers, noise in (("records", train_N, noise_frac), ("heldout", heldout_N, 0.0)):
         chosen = documents.select(numbers)
         fingerprints.append(_fingerprint(_texts(chosen)))
         made_of = [fingerprints[-1], tokenizer_fingerprint, seq_len, noise, seed if noise else 0]
         rows = _pack(chosen, tokenizer, seq_len, noise, seed, _fingerprint(made_of))
         if len(rows) == 0:
             reason = "no document" if len(chosen) == 0 else f"no record fits --seq-len {seq_len}"
-            raise UsageError(f"--data {name}: nothing for the {part} part ({reason})")
+            raise UsageError(f"--data {name}: nothing for the {names[part]} part ({reason})")
         if "prompt" in documents.column_names:
             if lost := len(chosen) - len(rows):
                 reason = f"longer than --seq-len {seq_len} tokens"
-                ranks.print(f"data      left out {lost} of {len(chosen)} {part} records: {reason}")
+                kind = f"{lost} of {len(chosen)} {names[part]} records"
+                ranks.print(f"data      left out {kind}: {reason}")
             chosen = chosen.select(np.array(rows["document"][:]).max(1))
         if has_reward:
             rows = rows.add_column("reward", chosen["reward"][:])
             rows = rows.add_column("sibling", chosen["sibling"][:])
             if max(chosen["reward"]) <= CORRECT:
-                raise UsageError(f"--data {name}: no {part} record has a reward above {CORRECT}")
+                reward = f"no {names[part]} record has a reward above {CORRECT}"
+                raise UsageError(f"--data {name}: {reward}")
         parts[part] = rows.with_format("numpy")
+    correct = parts["records"]
+    if has_reward:  # batches hold no row that is not imitated
+        correct = correct.select(np.flatnonzero(np.array(correct["reward"][:]) > CORRECT))
     texts = chosen[target][:]
     if has_reward:
         texts = [t for t, reward in zip(texts, chosen["reward"]) if reward > CORRECT]
     stream = np.frombuffer("".join(texts).encode("utf-8", "replace"), np.uint8)
     return Data(
+        train=correct,
         **parts,
         fingerprint=_fingerprint(fingerprints),
         tokenizer_fingerprint=tokenizer_fingerprint,

@@ -131,6 +131,11 @@ class Args:
         check_ranges(self, **unit_interval, **at_least_0, temperature=(1e-6, 1e6))
         check_ranges(self, max_weight=(1, 1e9), value_batches=(1, 1e9))
 
+    @property
+    def trains_value(self):
+        """Stage 2 trains V too: it follows the trunk, unless it has its own or is not used."""
+        return self.value == "frozen" and self.lambda_ < 1 and self.value_coef > 0
+
 
 # ------------------------------------------------------------------------------------- algorithm
 def value_loss(logit_BT, batch, share_B=1):
@@ -261,7 +266,7 @@ class Critic(nn.Module):
         super().__init__()
         self.policy, self.value = policy, Value(policy, args.value == "separate")
         self.moments = nn.Parameter(torch.zeros(3, device=ranks.device), requires_grad=False)
-        self.value_coef = 0.0 if args.value == "separate" else args.value_coef
+        self.value_coef = args.value_coef if args.trains_value else 0.0
         self.trunk_BTD, self.ranks, self.fingerprint = None, ranks, ""
         if args.value_head:
             try:
@@ -296,10 +301,10 @@ class Critic(nn.Module):
 # --------------------------------------------------------------------------------------- stage 1
 def train_value(critic, optimizer, data, tokenizer, run, micro_batch_size, args, ranks):
     """Train V, with steps and checkpoints of its own, then judge it on the held-out rows."""
-    run = run.stage("value", 0 if args.value_head else args.value_steps)
+    run = run.stage("value", 0 if args.value_head or args.lambda_ == 1 else args.value_steps)
     plan = replace(args, max_steps=max(1, run.num_steps), lr=args.value_lr or args.lr)
     rows, copies = args.batch_size * args.value_batches, 2 if args.pair_coef else 1
-    partner_N, share_N = partners(data.train, copies)
+    partner_N, share_N = partners(data.records, copies)
     start = run.resume(model=critic, optimizer=optimizer)
     critic.train()
     for step in range(start, run.num_steps + 1):
@@ -313,10 +318,10 @@ def train_value(critic, optimizer, data, tokenizer, run, micro_batch_size, args,
             group["lr"] = lr
 
         # Rows in another order than in stage 2, each followed by its partner
-        row_N = batch_rows(len(data.train), rows, 2**32 + args.seed, step)
+        row_N = batch_rows(len(data.records), rows, 2**32 + args.seed, step)
         row_N = np.stack([row_N, partner_N[row_N]], 1)[:, :copies].reshape(-1)
         row_RN = row_N.reshape(-1, ranks.world_size, micro_batch_size * copies)
-        batches = [load_batch(data.train, n, 1, ranks.device) for n in row_RN[:, ranks.rank]]
+        batches = [load_batch(data.records, n, 1, ranks.device) for n in row_RN[:, ranks.rank]]
         shares = [torch.from_numpy(share_N[b.rows_B]).to(ranks.device) for b in batches]
         counts = [(prefixes(b).sum(1) * share).sum() for b, share in zip(batches, shares)]
         num_prefixes = ranks.sum(sum(counts))
@@ -363,10 +368,12 @@ def load_records(args, tokenizer, ranks):
     score = functools.partial(reward_scores, args.reward_model, ranks.device)
     sizes = (args.seq_len, args.seed, args.noise_frac)
     data = load_data(args.data, tokenizer, *sizes, ranks, score if args.reward_model else None)
-    rewards = [] if data.heldout_records is None else data.train["reward"][:]
+    rewards = [] if data.heldout_records is None else data.records["reward"][:]
     if len(set(rewards)) < 2:
         needed = "right and wrong records: a column reward (0 to 1), or a --reward-model"
         raise UsageError(f"--data {args.data}: V needs {needed}")
+    if args.trains_value or args.train_on == "all":  # wrong records train V, or all are imitated
+        data.train = data.records
     return data
 
 
