@@ -312,7 +312,7 @@ def train_value(critic, optimizer, data, tokenizer, run, micro_batch_size, args,
             run.save(step, model=critic, optimizer=optimizer)
         if step == run.num_steps:
             break
-        torch.manual_seed(hash((args.seed, -1 - step, ranks.rank)))
+        torch.manual_seed(hash((args.seed, 2**32 + step, ranks.rank)))
         lr = learning_rate(step, plan)
         for group in optimizer.param_groups:
             group["lr"] = lr
