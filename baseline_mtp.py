@@ -55,7 +55,7 @@ class Args:
     # Model
     model: str = "tiny"  # tiny, a config.json, a Hugging Face model (folder or hub name), or a run
     num_heads: int = 4  # heads H: how many next tokens are predicted at once; 1 is plain training
-    mtp_schedule: Literal["constant", "forward", "reverse"] = "forward"
+    mtp_schedule: Literal["constant", "forward", "reverse"] = "constant"
     """Heads trained: all; 1, 2, .. H in equal parts of the run; or H, .. 2, 1 (2505.22757)."""
 
     # Data
