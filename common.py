@@ -804,7 +804,10 @@ def _read_documents(name, score):
     if name == "stdlib":
         return datasets.Dataset.from_dict({"text": stdlib_texts()})
     if name == "stdlib-bugs":
-        return datasets.Dataset.from_list(stdlib_bugs(stdlib_texts()))
+        texts = stdlib_texts()
+        key = _fingerprint([Path(__file__).read_text(), sys.version, texts])
+        records = functools.partial(stdlib_bugs, texts)
+        return datasets.Dataset.from_generator(records, fingerprint=key)
     path, file_format = Path(name), FORMATS.search(name)
     source = dict(path=name, split="train")
     if name == "mbpp":
@@ -1094,133 +1097,71 @@ def heldout_batches(data, micro_batch_size, num_heads, ranks):
         yield load_batch(data.heldout, numbers, num_heads, ranks.device)
 
 
-SWAPS = {ast.Div: ast.Mult}
-PAIRS = "Add Sub,Mult FloorDiv,BitAnd BitOr,LShift RShift,And Or,Lt LtE,Gt GtE,Eq NotEq,In NotIn"
-for pair in [*PAIRS.split(","), "Is IsNot"]:
-    operator, opposite = (getattr(ast, name) for name in pair.split())
-    SWAPS.update({operator: opposite, opposite: operator})
+SWAPS = {}  # operators and comparisons of equal length, which a broken function has swapped
+for _pair in "Add Sub,Mult Div,Lt Gt,LtE GtE,Eq NotEq".split(","):
+    _one, _other = (getattr(ast, name) for name in _pair.split())
+    SWAPS.update({_one: _other, _other: _one})
 
 
-def stdlib_bugs(texts, longest=300, most=30):
-    """Records of two siblings for each function of at most `longest` characters in source texts.
+def stdlib_bugs(texts):
+    """Records of functions in source texts, each with a sibling that one mutation broke.
 
-    Of two random mutations of different kinds, that change at most `most` characters, the one is
-    taken that keeps broken siblings as often longer as shorter, and as long on average.
+    Signature (`prompt`) and body (`completion`) are written by `ast.unparse`, both siblings alike:
+    nothing but the fault tells them apart. `fault_start` and `fault_end` are its characters.
     """
-    functions = {}  # by their text, so that copies count once
+    records, seen = [], set()
     for group, text in enumerate(texts):
-        for function in functions_of(text):
-            functions.setdefault(ast.unparse(function), (group, function))
-    functions = {text: function for text, function in functions.items() if len(text) <= longest}
-    records, balance = [], np.zeros(2, int)
-    for sibling, (original, (group, function)) in enumerate(functions.items()):
-        mutants = []
-        for kind, broken in mutants_of(function, random.Random(original)):
-            change = len(broken) - len(original)
-            if broken not in functions and abs(change) <= most:
-                after = balance + [np.sign(change), change]
-                mutants.append((abs(after).tolist(), after, kind, broken))
-        mutants.sort(key=lambda mutant: mutant[0])
-        mutants = (m for m in mutants if code_of(m[-1]) not in (None, code_of(original)))
-        _, balance, kind, broken = next(mutants, (None, balance, None, None))
-        if broken is None:
-            continue
-        prompt = original.partition("\n")[0] + "\n"
-        right, wrong = (text.partition("\n")[2] + "\n" for text in (original, broken))
-        shared = dict(prompt=prompt, group=group, sibling=sibling, kind=kind)
-        fault = fault_span(right, wrong)
-        for completion, reward, (start, end) in ((right, 1.0, (-1, -1)), (wrong, 0.0, fault)):
-            outcome = dict(completion=completion, reward=reward, fault_start=start, fault_end=end)
-            records.append({**shared, **outcome})
+        with contextlib.suppress(SyntaxError, ValueError):
+            for function in ast.walk(ast.parse(text)):
+                if not isinstance(function, ast.FunctionDef):
+                    continue
+                function.decorator_list = []
+                if ast.get_docstring(function, clean=False) is not None:
+                    function.body = function.body[1:]
+                original = ast.unparse(function) if function.body else ""
+                if not 0 < len(original) <= 300 or original in seen:
+                    continue
+                seen.add(original)
+                if (broken := _mutant(function, random.Random(original))) is None:
+                    continue
+                prompt, _, right = original.partition("\n")
+                wrong = broken.partition("\n")[2]
+                start = len(os.path.commonprefix([right, wrong]))
+                rest = len(os.path.commonprefix([right[start:][::-1], wrong[start:][::-1]]))
+                fault = (start, max(start + 1, len(wrong) - rest))
+                for code, reward, span in ((right, 1.0, (-1, -1)), (wrong, 0.0, fault)):
+                    record = dict(prompt=prompt + "\n", completion=code + "\n", reward=reward)
+                    record.update(group=group, sibling=len(seen))
+                    records.append({**record, "fault_start": span[0], "fault_end": span[1]})
     return records
 
 
-def functions_of(text):
-    """Functions and methods of at most 40 lines, not nested, without docstring and decorators."""
-    try:
-        blocks = [ast.parse(text).body]
-    except (SyntaxError, ValueError):
-        return
-    for node in (node for block in blocks for node in block):
-        if isinstance(node, ast.ClassDef | ast.If | ast.Try):
-            blocks += [node.body, getattr(node, "orelse", [])]
-        elif isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno < 40:
-            node.decorator_list = []
-            if ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:]
-            if node.body and node.end_lineno - node.body[0].lineno < 12:
-                yield node
+def _mutant(function, choose):
+    """The function's text with another operator, variable or constant; None if it has no place.
 
-
-def mutants_of(function, choose):
-    """Kind and text of up to two broken versions of a function, of different kinds."""
-    by_kind = collections.defaultdict(list)
-    for kind, *change in mutations_of(function):
-        by_kind[kind].append(change)
-    kinds = sorted(by_kind)
-    choose.shuffle(kinds)
-    for kind in kinds[:2]:
-        node, field, value = choose.choice(by_kind[kind])
-        before = getattr(node, field)
-        setattr(node, field, value)
-        yield kind, ast.unparse(function)
-        setattr(node, field, before)
-
-
-def mutations_of(function):
-    """Every mutation of the body, as kind, node, field and the field's new value."""
-    body = [node for statement in function.body for node in ast.walk(statement)]
-    names = {a.arg for a in ast.walk(function.args) if isinstance(a, ast.arg)}
-    names |= {n.id for n in body if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    for node in (function, *body):
-        for field in ("body", "orelse", "finalbody"):
-            block = getattr(node, field, None)
-            for i in range(len(block) if isinstance(block, list) and len(block) > 1 else 0):
-                yield "dropped statement", node, field, block[:i] + block[i + 1 :]
+    Variables are drawn as often as the function uses them: so neither sibling tends to be longer.
+    """
+    nodes = [node for statement in function.body for node in ast.walk(statement)]
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    variables = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    variables |= {node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)}
+    uses = [n.id for n in names if isinstance(n.ctx, ast.Load) and n.id in variables]
+    changes = []
+    for node in nodes:
         if type(getattr(node, "op", None)) in SWAPS:
-            yield "operator", node, "op", SWAPS[type(node.op)]()
-        for i, op in enumerate(getattr(node, "ops", [])):
-            yield "comparison", node, "ops", [*node.ops[:i], SWAPS[type(op)](), *node.ops[i + 1 :]]
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            for name in sorted(names - {node.id}):
-                yield "wrong name", node, "id", name
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            for value in sorted({abs(node.value - 1), node.value + 1}):
-                yield "constant", node, "value", value
-        if isinstance(node, ast.If | ast.While | ast.IfExp):
-            is_not = isinstance(getattr(node.test, "op", None), ast.Not)
-            negated = node.test.operand if is_not else ast.UnaryOp(ast.Not(), node.test)
-            yield "negated condition", node, "test", negated
-        if isinstance(node, ast.Call) and not any(isinstance(a, ast.Starred) for a in node.args):
-            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            for i in range(0 if name in ("min", "max", "gcd", "samefile") else len(node.args) - 1):
-                swapped = [*node.args[:i], node.args[i + 1], node.args[i], *node.args[i + 2 :]]
-                yield "swapped arguments", node, "args", swapped
-
-
-def code_of(text):
-    """Compiled code, all of it on line 1; None where a text does not compile alone (nonlocal)."""
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        node.lineno, node.end_lineno, node.col_offset, node.end_col_offset = 1, 1, 0, 0
-    try:
-        return compile(tree, "", "exec", dont_inherit=True, optimize=0)
-    except SyntaxError:
+            changes.append((node, "op", SWAPS[type(node.op)]()))
+        if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
+            changes.append((node, "ops", [SWAPS[type(node.ops[0])](), *node.ops[1:]]))
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in variables:
+            if others := [use for use in uses if use != node.id]:
+                changes.append((node, "id", choose.choice(others)))
+        if isinstance(node, ast.Constant) and type(node.value) is int and node.value > 0:
+            changes.append((node, "value", node.value + choose.choice([-1, 1])))
+    if not changes:
         return None
-
-
-def fault_span(original, broken):
-    """First and last-plus-one character of `broken` that differ, widened to words; one at least."""
-    start = len(os.path.commonprefix([original, broken]))
-    end = len(broken) - len(os.path.commonprefix([original[start:][::-1], broken[start:][::-1]]))
-    while start > 0 and re.fullmatch(r"\w\w", broken[start - 1 : start + 1]):
-        start -= 1
-    while start < end < len(broken) and re.fullmatch(r"\w\w", broken[end - 1 : end + 1]):
-        end += 1
-    start = min(
-        start, len(broken) - 1
-    )  # of a gap the character after it, the first to stumble over
-    return start, max(end, start + 1)
+    node, field, value = choose.choice(changes)
+    setattr(node, field, value)
+    return ast.unparse(function)
 
 
 # --------------------------------------------------------------------------------------- the run
