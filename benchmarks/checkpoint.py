@@ -1,42 +1,39 @@
-"""How long a save holds training up: in the background against waiting for it, side by side in one process.
+"""How long a save holds training up: in the background against waiting for it.
 
     python benchmarks/checkpoint.py [--sizes tiny 60M] [--rounds 5] [--folder DIR]
 
-In every round, after one update: the seconds of `save()` followed by `wait()` (a synchronous save: copy, files, SHA-256,
-fsync, meta.json, rename), and of `save()` alone; then updates run until the background write is done, and their median
-time is set against that of updates without a write. Prints a table and writes checkpoint.json (medians over rounds).
+In every round, side by side in one process: the seconds of `save()` and then `wait()` (a
+synchronous save, the peer), and of `save()` by itself; then updates run for as long as a
+synchronous save took, and their median stands beside that of updates without a write.
 """
 
-import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-SIZES = {"tiny": None, "60M": dict(hidden_size=640, intermediate_size=1728, num_hidden_layers=12, num_attention_heads=10)}
+import tools
+
+SIZES = {  # width, width of the feed-forward layer, layers, attention heads
+    "tiny": (128, 352, 7, 4),
+    "60M": (640, 1728, 12, 10),
+}
+FIGURES = ("synchronous", "held up", "update", "update while writing")
 
 
 def measure(size, rounds, folder):
-    """Medians in seconds for one model size."""
+    """Medians in seconds for one model size, and MB of parameters and moments."""
     import torch
     from transformers import LlamaConfig
 
-    from checkpoints import Checkpoints
-    from common import Ranks, build_model, from_config
-    from runs import make_optimizer
+    from common import Checkpoints, Ranks, from_config, make_optimizer
 
     torch.manual_seed(0)
-    model = build_model("tiny", 4)[0] if size == "tiny" else from_config(LlamaConfig(vocab_size=259, **SIZES[size]), 4)
-    model.train()
+    width, wide, layers, heads = SIZES[size]
+    sizes = dict(hidden_size=width, intermediate_size=wide, num_hidden_layers=layers)
+    config = LlamaConfig(vocab_size=259, num_attention_heads=heads, **sizes)
+    model = from_config(config, 4).train()
     optimizer = make_optimizer(model, 1e-4, 0.1)
-    state_mb = sum(p.numel() * p.element_size() for p in model.parameters()) * 3 / 1e6
+    state_mb = 3 * sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
     x_BT = torch.randint(0, 259, (4, 128))
     targets_KBT = torch.randint(0, 259, (4, 4, 128))
 
@@ -48,54 +45,43 @@ def measure(size, rounds, folder):
         return time.perf_counter() - began
 
     checkpoints = Checkpoints(folder, {}, 1, Ranks())
-    seconds = {name: [] for name in ("synchronous", "held up", "update", "update while writing")}
+    seconds = {name: [] for name in FIGURES}
     for number in range(rounds + 1):  # the first round is not counted
         quiet = statistics.median(update() for _ in range(5))
         began = time.perf_counter()
         checkpoints.save(2 * number, model, optimizer, 0)
-        assert checkpoints.wait()
+        checkpoints.wait()
         synchronous = time.perf_counter() - began
         update()
         began = time.perf_counter()
         checkpoints.save(2 * number + 1, model, optimizer, 0)
         held = time.perf_counter() - began
-        meanwhile = []
-        while checkpoints.thread.is_alive():
+        meanwhile = [update()]
+        while time.perf_counter() - began < synchronous:
             meanwhile.append(update())
-        assert checkpoints.wait()
+        checkpoints.wait()
         if number:
-            for name, value in zip(seconds, (synchronous, held, quiet, statistics.median(meanwhile))):
+            figures = (synchronous, held, quiet, statistics.median(meanwhile))
+            for name, value in zip(FIGURES, figures):
                 seconds[name].append(value)
-    result = {name: dict(median=statistics.median(v), min=min(v), max=max(v)) for name, v in seconds.items()}
-    return dict(size=size, state_mb=round(state_mb, 1), rounds=rounds, seconds=result)
+    return dict(size=size, state_mb=state_mb, **{n: tools.spread(v) for n, v in seconds.items()})
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tools.parser(__doc__, rounds=5)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", default="", help="where to save; empty: the system's temporary folder")
-    parser.add_argument("--out", default=str(Path(__file__).with_suffix(".json")))
+    parser.add_argument("--folder", default="", help="where to save; empty: a temporary folder")
     args = parser.parse_args()
-    import torch
-
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    record = dict(command=" ".join(["python", "benchmarks/checkpoint.py", *sys.argv[1:]]), commit=commit, cores=os.cpu_count(),
-                  machine=platform.machine(), torch=torch.__version__, threads=torch.get_num_threads(), results=[])  # fmt: skip
-    print(
-        f"{'size':>6} {'state MB':>9} {'synchronous s':>14} {'held up s':>10} {'ratio':>7} {'update s':>9} {'while writing':>14}"
-    )
+    rows = []
     for size in args.sizes:
         with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:
-            result = measure(size, args.rounds, folder)
-        record["results"].append(result)
-        synchronous, held, update, meanwhile = (v["median"] for v in result["seconds"].values())
-        print(
-            f"{size:>6} {result['state_mb']:>9,} {synchronous:>14.3f} {held:>10.4f} {held / synchronous:>7.3f} "
-            f"{update:>9.3f} {meanwhile:>14.3f}",
-            flush=True,
-        )
-    Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
+            rows.append(measure(size, args.rounds, folder))
+    tools.write_json(args.out, dict(command=tools.command(), **tools.machine(), rows=rows))
+    cells = [
+        [r["size"], f"{r['state_mb']:,.0f}", *(tools.shown(r[name], 3) for name in FIGURES)]
+        for r in rows
+    ]
+    tools.print_table(["size", "MB", *(f"{name}, s" for name in FIGURES)], cells)
 
 
 if __name__ == "__main__":

@@ -1,108 +1,93 @@
-"""Cost of a training step: the baseline, rho1 with reference losses from their file or computed in the step, the critic.
+"""Cost of a training step: rho1 and the critic beside the baseline.
 
-    python benchmarks/step_cost.py [--rounds 5] [--steps 60] [--device auto]
-    python benchmarks/step_cost.py --model FOLDER/config.json --batch-size 1 --steps 20 --forms baseline "rho1, token_skip"
+    python benchmarks/step_cost.py [--rounds 5] [--steps 60] [--device cpu]
+    python benchmarks/step_cost.py --model FOLDER/config.json --batch-size 1 --steps 20 \\
+        --forms baseline "rho1, token_skip" --out benchmarks/step_cost_vocabulary.json
 
-The scripts themselves run, taking turns: 4 heads, batch 4 x 256 tokens, the default model, a reference of its size with 1 head,
-noise 0.3 (with noise the detector's area is computed too). The critic and a baseline of its own train on records of stdlib-bugs,
-half of them wrong and so without targets. A config.json beside a tokenizer shows what a large vocabulary changes.
-A step's seconds are those of `perf/tokens_per_s`; the first ten of a run are left out.
-A round's figure is the median over its steps; the table gives medians over rounds, and the median of the ratios within a round.
-Prints a table and writes step_cost.json.
+The scripts themselves run and take turns: 4 heads, 4 x 256 tokens, the default model, a reference
+of its size with 1 head, noise 0.3. The critic and a baseline of its own train on stdlib-bugs, where
+half of the records have no targets. The peer is the baseline. A config.json beside a tokenizer
+shows what a large vocabulary changes. A step's seconds come from `perf/tokens_per_s`, without the
+first ten. The table gives medians over rounds, and ratios to the baseline of the same round.
 """
 
-import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import tools
+
 LENGTH = 256
+BUGS = dict(data="stdlib-bugs")
+
+
+def forms_of(folder):
+    """Script and flags of each form."""
+    text = dict(data=folder / "text.txt", noise_frac=0.3)
+    rho1 = dict(text, ref_model=folder / "reference")
+    forms = {
+        "baseline": ("baseline_mtp.py", text),
+        "rho1, weighted": ("rho1_wmtp.py", dict(rho1, mode="weighted")),
+        "rho1, token_skip": ("rho1_wmtp.py", dict(rho1, mode="token_skip")),
+        "rho1, --ref-online": ("rho1_wmtp.py", dict(rho1, mode="weighted", ref_online=True)),
+        "baseline, records": ("baseline_mtp.py", BUGS),
+    }
+    for kind in ("frozen", "separate"):
+        forms[f"critic, {kind}"] = ("critic_wmtp.py", dict(BUGS, value=kind, value_steps=1))
+    return forms
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = tools.parser(__doc__, rounds=5)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--forms", nargs="+", help="which of the forms; empty: all")
-    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "step_cost.json"))
-    args = parser.parse_args()
-    import torch
-
-    import bugs
-    import data
-    from runs import commit, versions
-
-    folder = Path(tempfile.mkdtemp(prefix="step_cost-"))
-    texts = data._stdlib()[:: 20 if args.model == "tiny" else 200]  # few, as every run ends with a look at the held-out ones
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    records = bugs.make_records(texts)
-    rows = [dict(zip(records, values)) for values in zip(*(records[c] for c in ("prompt", "completion", "reward")))]
-    (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = args.model if args.model == "tiny" else Path(args.model).resolve()
-    common = ["--seq-len", LENGTH, "--batch-size", args.batch_size, "--tracker", "none", "--save-every", 0]
-    common += ["--device", args.device, "--mtp-schedule", "constant", "--model", model]
-    text, judged = ["--data", folder / "text.jsonl"], ["--data", folder / "records.jsonl"]
-    rho1 = ["rho1_wmtp.py", *text, "--noise-frac", 0.3, "--ref-model", folder / "reference"]
-    variants = {
-        "baseline": ["baseline_mtp.py", *text, "--noise-frac", 0.3],
-        "rho1, weighted": [*rho1, "--mode", "weighted"],
-        "rho1, token_skip": [*rho1, "--mode", "token_skip"],
-        "rho1, weighted, --ref-online": [*rho1, "--mode", "weighted", "--ref-online"],
-        "baseline, records": ["baseline_mtp.py", *judged],
-    }
-    for kind in ("shared", "frozen", "separate"):
-        variants[f"critic, --value {kind}"] = ["critic_wmtp.py", *judged, "--value", kind, "--value-steps", 1]
-    variants = {name: words for name, words in variants.items() if name in (args.forms or variants)}
-
-    def run(script, *words):
-        command = [sys.executable, ROOT / script, *common, *words]
-        subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL, cwd=folder)
-
-    run("baseline_mtp.py", *text, "--num-heads", 1, "--max-steps", 20, "--run-dir", folder / "reference")
-    run("rho1_wmtp.py", *rho1[1:], "--max-steps", 1, "--run-dir", folder / "file")  # makes the file of reference losses
-    seconds = {name: [] for name in variants}
-    for number in range(args.rounds):
-        names = list(variants)
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            run_dir = folder / f"{name} {number}"
-            run(*variants[name], "--max-steps", args.steps, "--run-dir", run_dir)
-            lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-            steps = [args.batch_size * LENGTH / line["perf/tokens_per_s"] for line in lines if "perf/tokens_per_s" in line]
-            seconds[name].append(statistics.median(steps[10:]))
-            print(f"round {number + 1} of {args.rounds}  {name:<30} {seconds[name][-1] * 1e3:8.1f} ms a step", flush=True)
-    rows = []
-    for name, values in seconds.items():
-        base = "baseline, records" if name.startswith(("critic", "baseline, records")) else "baseline"
-        ratios = [a / b for a, b in zip(values, seconds.get(base, values))]
-        rows.append(
-            dict(
-                form=name, seconds=statistics.median(values), baseline=base, to_baseline=statistics.median(ratios), ratios=ratios
-            )
-        )
-    products = json.loads((run_dir / "args.json").read_text())["products"]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() and args.device != "cpu" else platform.processor()
-    machine = dict(
-        device=device or platform.machine(), cores=len(os.sched_getaffinity(0)), products=products, versions=versions()
+    parser.add_argument(
+        "--forms", nargs="+", choices=forms_of(Path()), default=list(forms_of(Path()))
     )
-    words = [Path(word).name if word == args.model else word for word in sys.argv[1:] if word not in ("--out", args.out)]
-    shape = {} if args.model == "tiny" else json.loads(model.read_text())
-    record = dict(command=" ".join(["python benchmarks/step_cost.py", *words]), **commit(), **machine, model=shape, rows=rows)
-    Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\n| form | ms a step | to baseline (min to max) |\n{'|---' * 3}|")
-    for r in rows:
-        spread = f"{min(r['ratios']):.3f} to {max(r['ratios']):.3f}"
-        print(f"| {r['form']} | {r['seconds'] * 1e3:.1f} | {r['to_baseline']:.3f} ({spread}) |")
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="step_cost-"))
+    common = dict(seq_len=LENGTH, batch_size=args.batch_size, tracker="none", save_every=0)
+    common |= dict(device=args.device, dtype="fp32", mtp_schedule="constant", num_heads=4)
+    common["model"] = args.model if args.model == "tiny" else Path(args.model).resolve()
+    forms = forms_of(folder)
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[
+        ::10
+    ]  # few: runs judge them too
+    (folder / "text.txt").write_text("".join(file.read_text() for file in files))
+
+    def run(script, **flags):
+        tools.run_script(script, tools.as_flags(common | flags), folder / "last.txt")
+        lines = tools.read_metrics(flags["run_dir"])
+        return [
+            args.batch_size * LENGTH / line["perf/tokens_per_s"]
+            for line in lines
+            if "perf/tokens_per_s" in line
+        ]
+
+    if any(name.startswith("rho1") for name in args.forms):
+        start = dict(
+            data=folder / "text.txt", num_heads=1, max_steps=20, run_dir=folder / "reference"
+        )
+        run("baseline_mtp.py", **start)
+    seconds = {name: [] for name in args.forms}
+    for number in range(args.rounds):
+        for name in tools.in_turn(args.forms, number):
+            script, flags = forms[name]
+            steps = run(script, **flags, max_steps=args.steps, run_dir=folder / f"{name} {number}")
+            seconds[name].append(statistics.median(steps[10:] or steps))
+            print(f"round {number + 1}  {name:<20} {seconds[name][-1] * 1e3:8.1f} ms", flush=True)
+    rows, cells = [], []
+    for name, values in seconds.items():
+        base = "baseline, records" if name.startswith(("critic", "baseline, r")) else "baseline"
+        to_baseline = tools.spread(tools.ratios(values, seconds.get(base, values)))
+        rows.append(dict(form=name, seconds=tools.spread(values), to_baseline=to_baseline))
+        cells.append([name, f"{rows[-1]['seconds'][0] * 1e3:.1f}", tools.shown(to_baseline)])
+    record = dict(command=tools.command(), **tools.machine(args.device), rows=rows)
+    tools.write_json(args.out, record)
+    tools.print_table(["form", "ms a step", "to the baseline"], cells)
 
 
 if __name__ == "__main__":

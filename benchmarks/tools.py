@@ -1,0 +1,261 @@
+"""What the benchmarks share: records of measurements, runs of the scripts, medians, intervals."""
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # for `from common import ..`
+
+PROOF_MODEL = dict(model_type="llama", vocab_size=259, hidden_size=96, intermediate_size=256)
+PROOF_MODEL |= dict(num_attention_heads=4, initializer_range=0.05, max_position_embeddings=2048)
+PROOF_MODEL |= dict(tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+# every flag of the training scripts on which the figures of a proof depend
+PROOF_FLAGS = dict(mtp_schedule="constant", seq_len=256, micro_batch_size=0, dtype="fp32")
+PROOF_FLAGS |= dict(weight_decay=0.1, grad_clip=1.0, recompute="none", tracker="none")
+PROOF_FLAGS |= dict(eval_every=0, save_every=0)
+
+
+def parser(doc, rounds=None):
+    """A parser whose help is the docstring; `rounds` adds --rounds and --out."""
+    form = argparse.RawDescriptionHelpFormatter
+    result = argparse.ArgumentParser(description=doc, formatter_class=form)
+    if rounds:
+        result.add_argument("--rounds", type=int, default=rounds)
+        result.add_argument("--out", default=str(Path(sys.argv[0]).with_suffix(".json")))
+    return result
+
+
+def proof_parser(doc, steps, batch_size, arms):
+    """A parser with what the proofs share."""
+    result = parser(doc)
+    result.add_argument("--out", required=True, help="folder of runs and results")
+    result.add_argument("--model", default="", help="empty: a small Llama of width 96")
+    result.add_argument("--seeds", type=int, default=3)
+    result.add_argument("--num-heads", type=int, default=2)
+    result.add_argument("--steps", type=int, default=steps)
+    result.add_argument("--batch-size", type=int, default=batch_size)
+    result.add_argument("--device", default="cpu")
+    result.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    result.add_argument("--arms", nargs="+", choices=arms, default=list(arms))
+    return result
+
+
+# ------------------------------------------------------------ records of a measurement
+def machine(device="cpu"):
+    """Commit, versions and processor, for the JSON file of a measurement."""
+    from common import git_state, versions
+
+    processor = platform.processor() or platform.machine()
+    if device == "cuda":
+        import torch
+
+        processor = torch.cuda.get_device_name()
+    cores = len(os.sched_getaffinity(0))
+    return {**git_state([ROOT / "common.py"]), "versions": versions(), "processor": processor, "cores": cores}
+
+
+def command():
+    """The command line as typed, without paths of this machine."""
+    words = [Path(word).name if os.sep in word else word for word in sys.argv]
+    return " ".join(["python", f"benchmarks/{words[0]}", *words[1:]])
+
+
+def write_json(file, values):
+    Path(file).write_text(json.dumps(values, indent=1) + "\n")
+
+
+def spread(values, digits=4):
+    """Median, least and most."""
+    ordered = sorted(values)
+    return [round(v, digits) for v in (statistics.median(ordered), ordered[0], ordered[-1])]
+
+
+def shown(median_least_most, digits=2):
+    """`1.02 (0.97 to 1.10)`."""
+    return "{:,.{d}f} ({:,.{d}f} to {:,.{d}f})".format(*median_least_most, d=digits)
+
+
+def ratios(values, base):
+    return [value / other for value, other in zip(values, base)]
+
+
+def in_turn(names, number):
+    """The names in an order that moves on by one each round."""
+    names = list(names)
+    first = number % len(names)
+    return names[first:] + names[:first]
+
+
+def print_table(header, rows):
+    for cells in (header, ["---"] * len(header), *rows):
+        print(f"| {' | '.join(cells)} |")
+    print()
+
+
+# ------------------------------------------------------------ runs of the scripts
+def as_flags(values):
+    """`dict(max_steps=3)` -> `["--max-steps", "3"]`; True makes a switch, None no flag."""
+    words = []
+    for name, value in values.items():
+        if value is True:
+            words.append(f"--{name.replace('_', '-')}")
+        elif value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
+def run_script(script, words, log=None, threads=1):
+    """Run a training script of the project; the process prints to `log` (None: nowhere).
+
+    Raises:
+        RuntimeError: it failed; holds its last words.
+    """
+    script = Path(script) if Path(script).is_absolute() else ROOT / script
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, str(script), *map(str, words)]
+    done = subprocess.run(
+        line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if log:
+        Path(log).write_text(done.stdout)
+    if done.returncode:
+        raise RuntimeError(f"{script.name} {' '.join(line[2:])}\n{done.stdout[-2000:]}")
+
+
+def read_metrics(run_dir):
+    """The lines of a run's metrics.jsonl."""
+    text = (Path(run_dir) / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def prepare_proof(args, free, num_layers):
+    """The folder `args.out` with `config.json`; returns it and the settings.
+
+    It goes on only with the settings it was started with; arguments named in `free` may change.
+    """
+    out = Path(args.out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    args.out = str(out)
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", *free)}
+    file = out / "settings.json"
+    if file.exists() and json.loads(file.read_text()) != settings:
+        held = file.read_text()
+        raise SystemExit(
+            f"error: --out {out}: holds runs with other settings ({held}); name a new one"
+        )
+    file.write_text(json.dumps(settings))
+    write_json(out / "config.json", {**PROOF_MODEL, "num_hidden_layers": num_layers})
+    return out, settings
+
+
+def heldout_losses(model, data, numbers, train_on="correct"):
+    """Yields batches of held-out rows with head 1's loss and correctness, `[B, T]` each."""
+    import torch
+
+    from common import load_batch
+
+    model.eval()
+    for first in range(0, len(numbers), 32):
+        batch = load_batch(data.heldout, numbers[first : first + 32], 1, "cpu", train_on=train_on)
+        with torch.no_grad():
+            loss, correct = model(batch.x_BT, batch.targets_KBT, with_correct=True)
+        yield batch, loss[0], correct[0]
+
+
+def kept(file, work):
+    """What `work()` returned, from `file` where an earlier call left it there."""
+    if file.exists():
+        return json.loads(file.read_text())
+    began = time.time()
+    result = {**work(), "seconds": time.time() - began}
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result))
+    temporary.replace(file)
+    return json.loads(file.read_text())
+
+
+def quiet():
+    """One thread of torch, and no progress bars of transformers."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+
+
+def run_jobs(function, tasks, num_jobs):
+    """Results of `function(*task)` in their order, in so many processes of one thread at once."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    began, results = time.time(), []
+    spawn = multiprocessing.get_context("spawn")
+    options = dict(mp_context=spawn, initializer=quiet)
+    with concurrent.futures.ProcessPoolExecutor(num_jobs, **options) as pool:
+        futures = [pool.submit(function, *task) for task in tasks]
+        for number, future in enumerate(futures, start=1):
+            results.append(future.result())
+            name = " ".join(str(part) for part in tasks[number - 1][1:])
+            took = f"{results[-1]['seconds']:.0f} s, {time.time() - began:.0f} s in all"
+            print(f"{number:>3}/{len(tasks)}  {name:<28} {took}", flush=True)
+    return results
+
+
+# ------------------------------------------------------------ statistics
+def difference_with_interval(one, other, count):
+    """Difference of two sums divided by a count, with a 95 % interval.
+
+    The paired percentile bootstrap draws the items (documents, functions) 10,000 times.
+
+    Args:
+        one, other: figure of each item under the two runs, `[N]`.
+        count: what their sums are divided by, `[N]`.
+    """
+
+    def statistic(difference, count, axis=-1):
+        return difference.sum(axis) / count.sum(axis)
+
+    difference = np.asarray(one) - np.asarray(other)
+    options = dict(paired=True, vectorized=True, method="percentile", n_resamples=10_000)
+    values = (difference, np.asarray(count))
+    result = scipy.stats.bootstrap(values, statistic, **options, batch=500, rng=0)
+    low, high = result.confidence_interval
+    return float(statistic(difference, np.asarray(count))), [float(low), float(high)]
+
+
+def mean_and_sd(values):
+    """Mean, and standard deviation (None for one value)."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return statistics.mean(values), deviation
+
+
+def with_sd(mean, deviation, digits=4):
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ({deviation:.{digits}f})")
+
+
+def difference_cells(row, key):
+    """Mean (deviation) of a figure, and its difference to `uniform` [interval]."""
+    low, high = row[f"{key}_interval"]
+    difference = f"{row[f'{key}_difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    return [with_sd(row[key], row[f"{key}_sd"]), difference]
+
+
+def plot_differences(axes, names, differences, intervals, label):
+    """One row a name: the difference to equal weights and its interval."""
+    for place, (middle, (low, high)) in enumerate(zip(differences, intervals)):
+        error = [[max(0.0, middle - low)], [max(0.0, high - middle)]]
+        axes.errorbar(middle, place, xerr=error, fmt="o", color="C0", capsize=3)
+    axes.axvline(0, color="0.6", linewidth=1)
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel=label)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
