@@ -30,6 +30,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -59,6 +60,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 
 IGNORE = -100  # a masked target: prompt, padding, past the end of the row or of the document
 HEADS_FILE = "mtp_heads.safetensors"
+warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # at every first save
 
 
 class UsageError(Exception):
@@ -848,6 +850,8 @@ def _read_documents(name, score):
     if len(texts) != 1:
         return datasets.Dataset.from_dict({"text": texts})
     lines = texts[0].splitlines(keepends=True)  # of one long text the last 3 % of the lines
+    if len(lines) < 2:
+        raise UsageError(f"--data {name}: one line; the split needs two")
     cut = len(lines) - max(1, round(0.03 * len(lines)))
     texts = ["".join(lines[:cut]), "".join(lines[cut:])]
     return datasets.Dataset.from_dict({"part": ["train", "heldout"], "text": texts})
@@ -936,6 +940,8 @@ def _pack(documents, tokenizer, seq_len, noise_frac, seed, key):
     """
     has_prompt, eos = "prompt" in documents.column_names, tokenizer.eos_token_id
     padding_41 = np.array([[tokenizer.pad_token_id or 0], [-1], [0], [0]], np.int32)
+    template = encode(tokenizer, [""], not has_prompt)[0]
+    before_text = template[template != eos]  # a BOS, where the tokenizer adds one
     rest_4N = np.zeros((4, 0), np.int32)  # tokens that fill no row yet
 
     def padded(tokens_4N):
@@ -951,6 +957,8 @@ def _pack(documents, tokenizer, seq_len, noise_frac, seed, key):
             noise = np.zeros(len(ids))
             if noise_frac:
                 ids, noise = _noisy(text, noise_frac, (seed, number), tokenizer)
+                ids = np.append(before_text, ids)
+                noise = np.append(np.zeros(len(before_text)), noise)
             if list(prompt[-1:]) == [eos]:  # some templates end a prompt
                 prompt = prompt[:-1]
             if list(ids[-1:]) != [eos]:
@@ -1518,6 +1526,17 @@ class Tracker:
         return address or f"wandb sync {shlex.quote(str(folder))}"
 
 
+def log_to_tracker(run_dir, step, metrics, files):
+    """Add metrics and files to the tracker's record of a finished run; returns what shows it."""
+    file = Path(run_dir) / "tracker.json"
+    if not file.exists():
+        return None
+    (kind,) = json.loads(file.read_text())
+    tracker = Tracker(kind, Path(run_dir), {})
+    tracker.log(step, {"step": step, **metrics})
+    return tracker.finish(files)
+
+
 class Sums:
     """Figures of one update, summed by name over micro-steps and ranks, in fp64."""
 
@@ -1639,6 +1658,8 @@ class Checkpoints:
                     self.fs.rm(f"{self.root}/{old}", recursive=True)
             return True
         except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception
+            if isinstance(error, dcp.api.CheckpointException):  # it names ranks, not the reason
+                error = next(iter(error.failures.values()))[0]
             text = f"checkpoint {self.folder}/{name} was not written: {first_line(error)}"
             print(f"{text}; training goes on", file=sys.stderr, flush=True)
             return False

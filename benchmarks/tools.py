@@ -63,7 +63,8 @@ def machine(device="cpu"):
 
         processor = torch.cuda.get_device_name()
     cores = len(os.sched_getaffinity(0))
-    return {**git_state([ROOT / "common.py"]), "versions": versions(), "processor": processor, "cores": cores}
+    state = git_state([ROOT / "common.py"])
+    return {**state, "versions": versions(), "processor": processor, "cores": cores}
 
 
 def command():
