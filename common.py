@@ -917,17 +917,18 @@ def _split(documents, seed, name):
     hashes = [_fingerprint([seed, text]) for text in _texts(documents)]
     groups = documents["group"][:] if has_group else hashes
     size, first_hash = collections.Counter(), {}
-    for group, text_hash, text in zip(groups, hashes, documents[documents.column_names[-1]]):
+    for group, text_hash, text in zip(groups, hashes, documents[target_column(documents)]):
         size[group] += len(text.encode("utf-8", "replace"))
         first_hash[group] = min(text_hash, first_hash.get(group, text_hash))
     if len(size) < 2:
         kind = "prompt" if has_group else "text"
         raise UsageError(f"--data {name}: holds {len(size)} {kind}(s); the split needs at least 2")
-    budget, heldout = min(4e6, (0.1 if has_group else 0.03) * size.total()), set()
+    budget = min(4_000_000, (0.1 if has_group else 0.03) * size.total())
+    heldout, num_bytes = set(), 0
     for group in sorted(size, key=first_hash.get)[:-1]:
-        if sum(size[held] for held in heldout) >= budget:
-            break
-        heldout.add(group)
+        if num_bytes < budget:
+            heldout.add(group)
+            num_bytes += size[group]
     is_heldout_N = np.array([group in heldout for group in groups])
     return np.flatnonzero(~is_heldout_N), np.flatnonzero(is_heldout_N)
 
