@@ -1346,7 +1346,8 @@ class Run:
             left = int(pace * (self.num_steps - step))
             shown += ["heads " + " ".join(heads)] * bool(heads)
             line = f"{self.name} step {step}/{self.num_steps} | {' | '.join(shown)}".lstrip()
-            print(f"{line} | eta {left // 60}m{left % 60:02d}s", flush=True)
+            if shown:
+                print(f"{line} | eta {left // 60}m{left % 60:02d}s", flush=True)
 
     def write_weights(self, batch, weight_BT):
         """Write `weights.json` for evaluate.py: ids and weights (null: no target) of three rows."""

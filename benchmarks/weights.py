@@ -1,0 +1,34 @@
+"""Draws tokens of the last training batch of a run, coloured by their weight.
+
+    python benchmarks/weights.py runs/X OUT.png        (runs/X/weights.json, written by each script)
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import tools  # noqa: F401 -- makes `common` importable
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from common import load_tokenizer
+
+run_dir, out = Path(sys.argv[1]), sys.argv[2]
+tokenizer = load_tokenizer(run_dir / "model")
+rows = json.loads((run_dir / "weights.json").read_text())
+tokens = [pair for row in rows for pair in zip(row["ids"], row["weight"])]
+most = max(weight for _, weight in tokens if weight is not None)
+figure = Figure(figsize=(9, 3.4), dpi=110)
+line, column = 0, 0
+for token, weight in tokens:
+    text = tokenizer.decode([token])
+    if text == "\n" or column >= 96:
+        line, column = line + 1, 0
+    if text == "\n" or line >= 14:
+        continue
+    shade = "white" if weight is None else colormaps["Blues"](0.75 * weight / most)
+    box = dict(facecolor=shade, edgecolor="none", boxstyle="square,pad=0.18")
+    place = (0.01 + column / 98, 0.95 - line / 14.5)
+    figure.text(*place, text, family="monospace", fontsize=9, bbox=box, va="center")
+    column += len(text)
+figure.savefig(out)
