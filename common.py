@@ -344,13 +344,14 @@ def bounded_softmax(logit_N, epsilon, max_weight):
     """
     if len(logit_N) == 0:
         return logit_N
+    dtype, logit_N = logit_N.dtype, logit_N.double()
     low = math.log(max(epsilon, 1e-9)) - logit_N.max()  # every weight at most epsilon
     high = math.log(max_weight) - logit_N.min()  # every weight at least max_weight
     for _ in range(60):
         middle = (low + high) / 2
         is_low = (logit_N + middle).exp().clamp(epsilon, max_weight).mean() < 1
         low, high = torch.where(is_low, middle, low), torch.where(is_low, high, middle)
-    return (logit_N + high).exp().clamp(epsilon, max_weight)
+    return (logit_N + high).exp().clamp(epsilon, max_weight).to(dtype)
 
 
 def control_weights(u_N, control, key, row_N=None):
@@ -361,11 +362,11 @@ def control_weights(u_N, control, key, row_N=None):
     if control == "none" or len(u_N) == 0:
         return u_N
     random_numbers, N = np.random.default_rng(key), len(u_N)
-    drawn = random_numbers.integers(0, N, N)
     if control == "shuffle":
         rows = np.zeros(N) if row_N is None else row_N.cpu().numpy()
-        drawn = np.lexsort((random_numbers.random(N), rows))
-    u_N = u_N[torch.from_numpy(drawn).to(u_N.device)]
+        order = np.lexsort((random_numbers.random(N), rows))
+        return u_N[torch.from_numpy(order).to(u_N.device)]
+    u_N = u_N[torch.from_numpy(random_numbers.integers(0, N, N)).to(u_N.device)]
     return u_N / u_N.mean() if u_N.any() else torch.ones_like(u_N)
 
 
@@ -747,7 +748,8 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, ranks, score):
     for part, numbers, noise in (("records", train_N, noise_frac), ("heldout", heldout_N, 0.0)):
         chosen = documents.select(numbers)
         fingerprints.append(_fingerprint(_texts(chosen)))
-        made_of = [fingerprints[-1], tokenizer_fingerprint, seq_len, noise, seed if noise else 0]
+        made_of = ["rows 1", fingerprints[-1], tokenizer_fingerprint, seq_len, noise]
+        made_of.append(seed if noise else 0)
         rows = _pack(chosen, tokenizer, seq_len, noise, seed, _fingerprint(made_of))
         if len(rows) == 0:
             reason = "no document" if len(chosen) == 0 else f"no record fits --seq-len {seq_len}"
@@ -1001,18 +1003,18 @@ def encode(tokenizer, texts, special_tokens=False):
 def _noisy(text, noise_frac, key, tokenizer):
     """Tokens of the text with that share of its non-blank lines replaced, and flags of the noise.
 
-    Lines are encoded one by one, so that no token crosses the border of a noisy line.
+    No token crosses the border of a noisy line: what lies between two of them is encoded by itself.
     """
-    random, ids, flags = np.random.default_rng(key), [], []
+    random, pieces = np.random.default_rng(key), [["", False]]
     for line in text.splitlines(keepends=True):
         body = line.rstrip("\r\n")
-        is_noise = bool(body.strip()) and random.random() < noise_frac
-        if is_noise:
-            body = bytes(random.integers(32, 127, len(body), np.uint8)).decode()
-        for piece, flag in ((body, is_noise), (line[len(body) :], False)):
-            (piece_ids,) = encode(tokenizer, [piece])
-            ids.append(piece_ids)
-            flags.append(np.full(len(piece_ids), flag))
+        if body.strip() and random.random() < noise_frac:
+            noise = bytes(random.integers(32, 127, len(body), np.uint8)).decode()
+            pieces += [[noise, True], [line[len(body) :], False]]
+        else:
+            pieces[-1][0] += line
+    ids = encode(tokenizer, [piece for piece, _ in pieces])
+    flags = [np.full(len(ids_N), is_noise) for ids_N, (_, is_noise) in zip(ids, pieces)]
     return np.concatenate(ids), np.concatenate(flags)
 
 

@@ -228,9 +228,10 @@ class Reference:
             longest = f"has positions for {max_positions(text)} tokens"
             raise UsageError(f"{flag}: {longest}, fewer than --seq-len {args.seq_len}")
         weights = [f for f in Path(self.folder).glob("*") if f.suffix in (".safetensors", ".bin")]
-        digest = hashlib.sha256(
-            f"{text.to_dict()} {getattr(config, '_commit_hash', None)}".encode()
-        )
+        if Path(self.folder).is_dir() and not weights:
+            raise UsageError(f"{flag}: {self.folder} holds no weights")
+        revision = getattr(config, "_commit_hash", None)  # of a hub model
+        digest = hashlib.sha256(f"{text.to_dict()} {revision}".encode())
         for file in sorted(weights) if ranks.rank == 0 else []:
             digest.update(file.read_bytes())
         self.fingerprint = ranks.broadcast(digest.hexdigest()[:16])

@@ -17,11 +17,11 @@ import transformers
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
+import common
 from common import HEADS_FILE, IGNORE, Ranks, active_heads, build_model, from_config, load_mtp
 from common import save_model
 from conftest import bytes_tokenizer, refused
 
-SMALL_TILE, OTHER_TILE, ONE_TILE = (16, 20), (5, 7), (256, 256)  # tokens and vocabulary at once
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4)
 SIZES.update(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
 SIZES.update(pad_token_id=0, eos_token_id=1, bos_token_id=2, tie_word_embeddings=False)
@@ -42,7 +42,6 @@ FAMILIES = {
     "olmo2": (transformers.Olmo2Config, {}),
     "smollm3": (transformers.SmolLM3Config, dict(num_hidden_layers=5)),
 }
-plain_and_capped = pytest.mark.parametrize("family", ["llama", "gemma2"])
 
 
 def make_config(family, **changes):
@@ -50,14 +49,13 @@ def make_config(family, **changes):
     return config_class(**(SIZES | own | changes))
 
 
-def make_model(family, num_heads, tile=None, **changes):
+def make_model(family, num_heads, **changes):
     """Norms and biases would start as ones and zeros, all alike: each gets its own."""
     torch.manual_seed(0)
     model = from_config(make_config(family, **changes), num_heads)
     for p in model.parameters():
         if p.ndim == 1:
             p.data += 0.2 * torch.randn_like(p)
-    model.tile = tile
     return model
 
 
@@ -99,6 +97,18 @@ def far(a, b):
 
 def gradients_of(model):
     return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.fixture
+def chunked(monkeypatch):
+    """`chunked(n)` makes the loss take n of the 117 tokens at a time (without it: all of them)."""
+    token_losses = common.token_losses
+
+    def set_chunk(chunk):
+        chunks = functools.partial(token_losses, chunk=chunk)
+        monkeypatch.setattr(common, "token_losses", chunks)
+
+    return set_chunk
 
 
 # --------------------------------------------------------------------------- saved and read again
@@ -175,6 +185,9 @@ def test_heads_added_to_a_pretrained_model_are_copies_of_its_last_layer(saved, t
     addresses = [p.data_ptr() for layer in model.heads.layers for p in layer.parameters()]
     assert len(set(addresses)) == len(addresses)  # copies, not the same tensors
     refused(lambda: load_mtp(tmp_path / "plain", 3), "--num-heads 3", "1 head")
+    for folder, add_heads in ((saved.run_dir, False), (saved.run_dir / "model", True)):
+        call = functools.partial(load_mtp, folder, 4, add_heads)
+        refused(call, "--num-heads 4", "3 head(s)", without=[folder])
 
 
 # ------------------------------------------------------------------------------------ the loss
@@ -231,36 +244,26 @@ def check_loss(model, num_heads):
         assert far(gradient, gradients[name]) < 1e-5, name
 
 
-SIZES_OF_HEADS = [*((family, 3) for family in FAMILIES), ("llama-tied", 1), ("llama-tied", 8)]
+VARIANTS = [*((family, 3, 16) for family in FAMILIES), ("gemma2", 3, 5), ("gemma2", 3, 256)]
+VARIANTS += [("llama-tied", 1, 16), ("llama-tied", 8, 16), ("llama", 3, 256)]
 
 
-@pytest.mark.parametrize("family, num_heads", SIZES_OF_HEADS)
-def test_losses_and_gradients_against_float64(family, num_heads):
+@pytest.mark.parametrize("family, num_heads, chunk", VARIANTS)
+def test_losses_and_gradients_against_float64(family, num_heads, chunk, chunked):
+    chunked(chunk)
     changes = {} if num_heads == 3 else dict(num_hidden_layers=8)  # of 8 heads: without a trunk
-    check_loss(make_model(family, num_heads, SMALL_TILE, **changes), num_heads)
+    check_loss(make_model(family, num_heads, **changes), num_heads)
 
 
-@plain_and_capped
-def test_tiles_of_any_size_equal_one_tile(family):
-    results = []
-    for tile in (ONE_TILE, SMALL_TILE, OTHER_TILE):
-        model = make_model(family, 3, tile)
-        loss_KBT = model(X_BT, TARGETS_KBT)
-        (random_weights(TARGETS_KBT) * loss_KBT).sum().backward()
-        results.append((loss_KBT, gradients_of(model)))
-    for loss_KBT, gradients in results[1:]:
-        torch.testing.assert_close(loss_KBT, results[0][0], rtol=1e-5, atol=1e-5)
-        assert all(far(gradients[name], results[0][1][name]) < 1e-5 for name in gradients)
-
-
-def test_tokens_without_target_or_weight_are_in_no_product():
+def test_tokens_without_target_or_weight_are_in_no_product(chunked):
     """Operations of a step: four products a target, of which weight 0 spares three."""
+    chunked(16)
     some_KBT, weight_KBT = TARGETS_KBT, 0.1 + random_weights(TARGETS_KBT)
     zero_KBT = (some_KBT != IGNORE) & (weight_KBT < 0.9)
     in_place = {torch.ops.aten.addmm_: lambda to, a, b, **_: 2 * a[0] * a[1] * b[1]}
 
     def flops(targets_KBT, weight_KBT):
-        model = make_model("llama", 3, SMALL_TILE)
+        model = make_model("llama", 3)
         with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
             (weight_KBT * model(X_BT, targets_KBT)).sum().backward()
         return counter.get_total_flops()
@@ -285,9 +288,10 @@ def test_fewer_active_heads_are_the_first_ones():
         assert torch.equal(model(X_BT, TARGETS_KBT), full_KBT)  # and all of them come back
 
 
-@pytest.mark.parametrize("tile", [SMALL_TILE, ONE_TILE])
-def test_with_correct_says_where_the_most_likely_token_is_the_target(tile):
-    model, targets_KBT = make_model("gemma2", 3, tile), TARGETS_KBT.clone()
+@pytest.mark.parametrize("chunk", [16, 256])
+def test_with_correct_says_where_the_most_likely_token_is_the_target(chunk, chunked):
+    chunked(chunk)
+    model, targets_KBT = make_model("gemma2", 3), TARGETS_KBT.clone()
     best_KBT = oracle(model, targets_KBT, targets_KBT * 0)[1].argmax(-1)
     even_KBT = (torch.arange(117).view(3, 3, 13) % 2 == 0) & (targets_KBT != IGNORE)
     targets_KBT[even_KBT] = best_KBT[even_KBT]
@@ -298,17 +302,19 @@ def test_with_correct_says_where_the_most_likely_token_is_the_target(tile):
     assert 5 < correct_KBT.sum() < (targets_KBT != IGNORE).sum()
 
 
-def test_no_valid_target_at_all_gives_zero_loss_and_gradient():
-    model = make_model("llama", 3, SMALL_TILE)
+def test_no_valid_target_at_all_gives_zero_loss_and_gradient(chunked):
+    chunked(16)
+    model = make_model("llama", 3)
     loss_KBT = model(X_BT, torch.full_like(TARGETS_KBT, IGNORE))
     loss_KBT.sum().backward()
     assert (loss_KBT == 0).all() and all((p.grad == 0).all() for p in model.parameters())
 
 
-@plain_and_capped
-def test_half_precision_rounds_the_products_and_nothing_else(family):
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_half_precision_rounds_the_products_and_nothing_else(family, chunked):
     """Against stacked logits of the same autocast (a cap is bf16 there: looser), plain autograd."""
-    model, other = make_model(family, 3, SMALL_TILE), make_model(family, 3)
+    chunked(16)
+    model, other = make_model(family, 3), make_model(family, 3)
     with Ranks(dtype=torch.bfloat16).autocast():
         loss_KBT = model(X_BT, TARGETS_KBT)
         logits_NV = head_logits(other, X_BT, 3).float().flatten(0, 2)
@@ -380,13 +386,6 @@ def test_what_does_not_fit_is_refused(tmp_path, name, changes, arguments, words)
     refused(lambda: build_model(str(tmp_path / name), *arguments), *words, without=[tmp_path])
 
 
-def test_wrong_number_of_heads_is_refused_with_both_numbers(tmp_path):
-    save(make_model("llama", 4), tmp_path)
-    for folder, add_heads in ((tmp_path, False), (tmp_path / "model", True)):
-        call = functools.partial(load_mtp, folder, 3, add_heads)
-        refused(call, "--num-heads 3", "4 heads", without=[folder])
-
-
 # ---------------------------------------------------------------------------------- curriculum
 def test_active_heads_worked_by_hand():
     def counts(schedule, max_steps, num_heads):
@@ -397,4 +396,3 @@ def test_active_heads_worked_by_hand():
     assert counts("reverse", 8, 4) == [4, 4, 3, 3, 2, 2, 1, 1]
     assert counts("forward", 5, 2) == [1, 1, 1, 2, 2]
     assert counts("forward", 2, 8) == [1, 5]  # fewer updates than heads
-    assert counts("forward", 4, 1) == counts("reverse", 4, 1) == [1, 1, 1, 1]

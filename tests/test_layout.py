@@ -1,0 +1,60 @@
+"""The layout: which files there are, how long they are, and what the scripts share."""
+
+import ast
+import difflib
+import inspect
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+import baseline_mtp
+import critic_wmtp
+import rho1_wmtp
+
+ROOT = Path(__file__).parents[1]
+CEILINGS = {"baseline_mtp.py": 250, "rho1_wmtp.py": 410, "critic_wmtp.py": 560}  # lines
+CEILINGS.update({"evaluate.py": 950, "common.py": 2000, "README.md": 250})  # 1,300 in common.py
+OTHERS = ".ci .gitignore LICENSE benchmarks pyproject.toml requirements.txt tests".split()
+TOO_LONG = {"critic_wmtp.py", "evaluate.py", "README.md"}  # yet
+TOO_WIDE = {"test_data.py", "test_sandbox.py"}  # yet
+
+
+def test_the_top_level_is_this_list():
+    ignored = (ROOT / ".gitignore").read_text().replace("/", "").split()
+    names = {p.name for p in ROOT.iterdir()} - {".git", *ignored}
+    assert names - {"grad_wmtp.py", "grpo_wmtp.py", "hybrid_wmtp.py"} == {*CEILINGS, *OTHERS}
+
+
+def test_no_file_is_longer_than_its_ceiling_and_no_line_than_100_columns():
+    files = [ROOT / "README.md", *ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]
+    lines = {f: f.read_text().splitlines() for f in files}
+    too_long = {f.name for f in lines if len(lines[f]) > CEILINGS.get(f.name, math.inf)}
+    too_wide = {f.name for f in lines if f.suffix == ".py" and max(map(len, lines[f])) > 100}
+    assert too_long <= TOO_LONG and too_wide <= TOO_WIDE, (too_long, too_wide)
+
+
+def test_scripts_import_nothing_of_ours_but_common():
+    ours = {p.stem for p in ROOT.rglob("*.py")}
+    for file in ROOT.glob("*.py"):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        modules += [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]
+        imports = {name.split(".")[0] for name in modules} & ours
+        assert imports == (set() if file.stem == "common" else {"common"}), file.name
+
+
+def shared_arguments(script):
+    """Source of the arguments before the algorithm's own; the default of --data may differ."""
+    text = inspect.getsource(script.Args).partition("# Algorithm specific arguments")[0]
+    return re.sub(r"    data: str = .*\n.*\n", "", text)
+
+
+@pytest.mark.parametrize("script, limit", [(rho1_wmtp, 16), (critic_wmtp, 21)])  # 20: to come
+def test_only_the_algorithm_differs_from_the_baseline(script, limit):
+    """Shared arguments are equal word for word; `main` has few lines of its own."""
+    assert shared_arguments(script) == shared_arguments(baseline_mtp)
+    mains = [inspect.getsource(module.main).splitlines() for module in (baseline_mtp, script)]
+    lines = [line for line in difflib.ndiff(*mains) if line[2:].strip()]
+    assert 5 < sum(line[0] == "+" for line in lines) <= limit, lines

@@ -1,0 +1,520 @@
+"""Runs of the training scripts: files, kills and resumes, ranks, refusals, trackers."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import filelock
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+
+import baseline_mtp
+import common
+import critic_wmtp
+import rho1_wmtp
+from conftest import metrics_of, refused, run_main, same_tensors, short_args, weights_of
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {"baseline": baseline_mtp, "rho1": rho1_wmtp, "critic": critic_wmtp}
+FLAGS = """run-dir seed tracker device accept-changed-sources model num-heads mtp-schedule
+    data seq-len noise-frac batch-size micro-batch-size lr warmup-steps max-steps weight-decay
+    grad-clip dtype compile recompute eval-every save-every keep-last checkpoint-dir""".split()
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+class Killed(BaseException):
+    pass
+
+
+class Runs:
+    """Short runs of the three scripts on the small material, each done once for all tests."""
+
+    def __init__(self, material, folder):
+        self.material, self.folder = material, folder
+        choose, records = random.Random(0), []
+        for number in range(60):
+            words = choose.choices("ab cd ef gh ij".split(), k=choose.randint(2, 4))
+            records.append(dict(prompt=f"{number}:", completion=" ".join(words), reward=1.0))
+            records.append(dict(prompt=f"{number}:", completion="!".join(words), reward=0.0))
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / "records.jsonl").write_text(text)
+
+    def args(self, name, run_dir, **changes):
+        values = dict(save_every=2, keep_last=0, checkpoint_dir="")
+        if name == "baseline":
+            values.update(mtp_schedule="forward", micro_batch_size=2)
+        elif name == "rho1":
+            values.update(ref_model=self.straight("baseline"))
+        else:
+            values.update(data=self.folder / "records.jsonl", value_batches=1)
+        values.update(changes)
+        return short_args(SCRIPTS[name], self.material, run_dir, **values)
+
+    def main(self, name, run_dir, **changes):
+        """Exit code of a run in this process."""
+        return run_main(SCRIPTS[name], self.args(name, run_dir, **changes))
+
+    @functools.cache  # noqa: B019
+    def straight(self, name):
+        """Folder of a run to which nothing happened, with all its checkpoints."""
+        assert self.main(name, self.folder / name) == 0
+        return self.folder / name
+
+    @functools.cache  # noqa: B019
+    def interrupted(self, name):
+        """Folder of a run that was killed and resumed, the critic three times."""
+        run_dir = self.folder / "tracked" / name
+        tracker = "mlflow" if name == "critic" else "none"
+        args = self.args(name, run_dir, tracker=tracker)
+        for stage, after in (("value", 3), ("", 1), ("", 3)):
+            if name == "critic" or (stage, after) == ("", 3):
+                kill(SCRIPTS[name], args, after, stage)
+        assert run_main(SCRIPTS[name], args) == 0
+        return run_dir
+
+    def unfinished(self, run_dir, last=6):
+        """Copy of the baseline's run as if it was killed after the checkpoint of update `last`."""
+        shutil.copytree(self.straight("baseline"), run_dir)
+        shutil.rmtree(run_dir / "model")
+        for step in range(last + 2, 7, 2):
+            shutil.rmtree(run_dir / f"checkpoints/step_{step:06d}")
+        return run_dir
+
+
+@pytest.fixture(scope="session")
+def runs(material, tmp_path_factory):
+    return Runs(material, tmp_path_factory.mktemp("runs"))
+
+
+def at_update(monkeypatch, step, action, stage=""):
+    """Call `action(run)` once the line of metrics of update `step` is written."""
+    log = common.Run.log
+
+    def log_and_act(run, number, metrics):
+        log(run, number, metrics)
+        if (run.name, number) == (stage, step) and metrics.keys() & {"train/lr", "value/lr"}:
+            action(run)
+
+    monkeypatch.setattr(common.Run, "log", log_and_act)
+
+
+def kill(script, args, after, stage=""):
+    """Run `main(args)` and leave it after an update, as SIGKILL does: nothing is closed."""
+
+    def die(run):
+        run.checkpoints.wait()  # a process takes its threads with it
+        run.lock.release()
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        at_update(patch, after, die, stage)
+        run_main(script, args)
+    if "mlflow" in sys.modules:
+        sys.modules["mlflow"].end_run()
+
+
+def same_run(one, other):
+    """The same metrics and weights, bit for bit, and the same weights of tokens."""
+    assert metrics_of(one) == metrics_of(other)
+    assert same_tensors(weights_of(one), weights_of(other))
+    assert Path(one, "weights.json").read_text() == Path(other, "weights.json").read_text()
+    return True
+
+
+def words_of(args):
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items()]
+    return [word for word in words if not word.endswith(("=False", "="))]
+
+
+def content(folder):
+    files = (p for p in Path(folder).rglob("*") if p.is_file() and p.name != ".lock")
+    return {p: p.read_bytes() for p in files}
+
+
+# ------------------------------------------------------------------------------------- the files
+def test_a_run_leaves_the_files_of_the_contract(runs):
+    run_dir = runs.straight("baseline")
+    names = "args.json metrics.jsonl weights.json baseline_mtp.py common.py checkpoints model"
+    assert {p.name for p in run_dir.iterdir()} - {".lock"} == set(names.split())
+    steps = [f"step_{step:06d}" for step in (2, 4, 6)]
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == steps
+    record = json.loads((run_dir / "args.json").read_text())
+    assert record["script"] == "baseline_mtp" and record["args"]["batch_size"] == 8
+    assert record["versions"]["torch"] and record["products"] == "float32"
+    for name in ("baseline_mtp.py", "common.py"):
+        assert (run_dir / name).read_bytes() == (ROOT / name).read_bytes()
+        assert record["sources"][name] == common.sha256((ROOT / name).read_bytes())
+
+    *updates, end = metrics_of(run_dir, without=("never",))
+    shared = {"step", "train/loss", "train/grad_norm", "train/lr", "perf/tokens_per_s"}
+    shared |= {f"weights/{name}" for name in ("mean", "max", "ess_frac")}
+    for number, (line, num_heads) in enumerate(zip(updates, [1, 1, 2, 3, 3, 4], strict=True)):
+        heads = [f"train/loss_head_{k}" for k in range(1, num_heads + 1)]  # --mtp-schedule forward
+        assert line.keys() == shared | set(heads) and line["step"] == number + 1
+        assert line["weights/mean"] == line["weights/max"] == 1
+    figures = {f"eval/{name}_head_{k}" for name in ("loss", "acc") for k in range(1, 5)}
+    assert end.keys() == figures | {"step", "eval/bits_per_byte"} and end["step"] == 6
+
+    # Plain transformers loads model/, and its loss on the held-out rows is the one of the run
+    model = transformers.AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run_dir / "model")
+    text = str(runs.material / "text.jsonl")
+    data = common.load_data(text, tokenizer, 32, 0, 0.0, common.Ranks())
+    rows = data.heldout[:]
+    x, document = torch.tensor(rows["input_ids"]).long(), torch.tensor(rows["document"])
+    valid = (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)
+    with torch.no_grad():
+        loss = F.cross_entropy(model(input_ids=x).logits[:, :-1][valid], x[:, 1:][valid]).item()
+    assert end["eval/loss_head_1"] == pytest.approx(loss, rel=1e-5)
+    bits = loss / math.log(2) * data.heldout_tokens / data.heldout_bytes
+    assert end["eval/bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    for row in json.loads((run_dir / "weights.json").read_text()):
+        assert len(row["ids"]) == len(row["weight"]) == 32 and set(row["weight"]) == {1.0, None}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_flags_stand_in_the_order_of_the_contract(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit):
+        common.run_script(SCRIPTS[name].main, SCRIPTS[name].Args, "manual")
+    flags = re.findall(r"^\W+ --([a-z-]+)", capsys.readouterr().out, re.MULTILINE)
+    own = [field.name for field in dataclasses.fields(SCRIPTS[name].Args)][len(FLAGS) :]
+    assert flags == FLAGS + [name.rstrip("_").replace("_", "-") for name in own]
+
+
+# ------------------------------------------------------------------------ killed, stopped, resumed
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_killed_and_resumed_equals_straight(runs, name):
+    """Heads 3 and 4 of the baseline have no gradient yet. The critic: in stage 1, 2 and between."""
+    assert same_run(runs.interrupted(name), runs.straight(name))
+    if name == "critic":
+        files = [run(name) / "value_head.safetensors" for run in (runs.interrupted, runs.straight)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        lines = [line for line in metrics_of(runs.straight(name)) if "value/loss" in line]
+        assert [(e["step"], e["value/step"]) for e in lines] == [(0, n) for n in range(1, 6)]
+
+
+@pytest.mark.slow
+def test_a_process_killed_five_times_ends_as_the_straight_run(runs, tmp_path):
+    changes = dict(max_steps=60, save_every=4, keep_last=2)
+    assert runs.main("baseline", tmp_path / "straight", **changes) == 0
+    words = words_of(runs.args("baseline", tmp_path / "run", **changes))
+    command = [sys.executable, str(ROOT / "baseline_mtp.py"), *words]
+    metrics = tmp_path / "run/metrics.jsonl"
+    for num_lines in (1, 9, 18, 33, 49):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < num_lines:
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "resume    from" in done.stdout
+    assert same_run(tmp_path / "run", tmp_path / "straight")
+
+
+def test_a_stop_signal_saves_and_exits_with_0(runs, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        at_update(patch, 3, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+        assert runs.main("baseline", tmp_path) == 0
+    stopped = "stopped   by SIGTERM after update 3 of 6; saved"
+    assert stopped in capsys.readouterr().out and not (tmp_path / "model").exists()
+    assert runs.main("baseline", tmp_path) == 0
+    assert "checkpoints/step_000003\n" in capsys.readouterr().out
+    assert same_run(tmp_path, runs.straight("baseline"))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(runs, tmp_path, capsys):
+    changes = dict(lr=1e15, warmup_steps=0, grad_clip=0, save_every=1)
+    assert runs.main("baseline", tmp_path, **changes) == 1
+    updates = metrics_of(tmp_path)
+    assert all(math.isfinite(value) for line in updates for value in line.values())
+    assert f"stopped   update {len(updates) + 1}: " in capsys.readouterr().out
+    last = max((tmp_path / "checkpoints").glob("*/meta.json"))
+    assert last.parent.name == f"step_{len(updates):06d}" and not (tmp_path / "model").exists()
+
+
+# ------------------------------------------------------------------------------------- two ranks
+@pytest.fixture(scope="session")
+def two_ranks(runs, tmp_path_factory):
+    """Folder of runs on two ranks, in one torchrun with a data cache of its own."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    cases = {name: vars(runs.args(name, folder / name)) for name in SCRIPTS}
+    env = dict(os.environ, HF_DATASETS_CACHE=str(folder / "cache"), PYTHONPATH=str(ROOT))
+    command = [sys.executable, *TORCHRUN, __file__, json.dumps(cases)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, done.stdout
+
+
+def run_on_a_rank(cases):
+    """What each rank of that torchrun does; rank 1 alone gets a signal in the baseline's run."""
+    dist.init_process_group = functools.cache(dist.init_process_group)  # once for all runs
+    for name, values in cases.items():
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "baseline" and os.environ["RANK"] == "1":
+                at_update(patch, 3, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+            assert run_main(SCRIPTS[name], SCRIPTS[name].Args(**values)) == 0
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_ranks_train_as_one(runs, two_ranks, name):
+    """The baseline accumulates, is stopped by a signal to rank 1, and goes on on one rank."""
+    folder, output = two_ranks
+    if name == "baseline":
+        assert "stopped   by a signal to another rank after update 3 of 6; saved" in output
+        files = {p.name for p in (folder / name / "checkpoints/step_000003").iterdir()}
+        assert {"__0_0.distcp", "__1_0.distcp"} <= files
+        assert runs.main(name, folder / name) == 0
+    lines, expected = metrics_of(folder / name), metrics_of(runs.straight(name))
+    for line, one in zip(lines, expected, strict=True):
+        assert line == pytest.approx(one, rel=1e-5, abs=1e-7)
+    for key, value in weights_of(runs.straight(name)).items():
+        torch.testing.assert_close(weights_of(folder / name)[key], value, rtol=1e-3, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------ identity of a run
+def test_a_finished_run_is_left_as_it_is(runs, capsys):
+    before = content(runs.straight("baseline"))
+    assert runs.main("baseline", runs.straight("baseline")) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert content(runs.straight("baseline")) == before
+
+
+def test_other_arguments_or_data_are_refused_by_name(runs, tmp_path):
+    run_dir = runs.unfinished(tmp_path / "run")
+    before = content(run_dir)
+    other = functools.partial(runs.main, "baseline", run_dir)
+    refused(lambda: other(lr=1e-3), "--run-dir", "lr 0.003 there, 0.001 here")
+    refused(lambda: runs.main("rho1", run_dir), "script baseline_mtp there, rho1_wmtp here")
+    assert content(run_dir) == before
+
+    text = tmp_path / "text.jsonl"
+    shutil.copy(runs.material / "text.jsonl", text)
+    args = runs.args("baseline", tmp_path / "other", data=text)
+    kill(baseline_mtp, args, after=1)
+    text.write_text(text.read_text().replace("total", "sum"))
+    refused(lambda: run_main(baseline_mtp, args), "--run-dir", "data_fingerprint")
+
+
+def test_arguments_without_effect_may_change_on_resume(runs, tmp_path):
+    """An incomplete checkpoint counts for nothing, neither on resume nor for --keep-last."""
+    run_dir = runs.unfinished(tmp_path / "run", last=2)
+    (run_dir / "checkpoints/step_000999").mkdir()
+    changes = dict(recompute="all", eval_every=2, save_every=3, keep_last=1)
+    assert runs.main("baseline", run_dir, **changes) == 0
+    assert same_tensors(weights_of(run_dir), weights_of(runs.straight("baseline")))
+    assert [line["step"] for line in metrics_of(run_dir)] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+    names = {p.name for p in (run_dir / "checkpoints").iterdir()}
+    assert names == {"step_000006", "step_000999"}
+
+
+def test_edited_sources_are_another_run(runs, tmp_path, monkeypatch):
+    """An edited copy of the script or of common.py has another default folder, and is refused."""
+    monkeypatch.chdir(tmp_path)
+    sources = [Path(shutil.copy(ROOT / f"{n}.py", tmp_path)) for n in ("baseline_mtp", "common")]
+    monkeypatch.setattr(common, "__file__", str(sources[1]))
+
+    def fork():
+        spec = importlib.util.spec_from_file_location("fork", sources[0])
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    kill(fork(), runs.args("baseline", ""), after=3)
+    (first,) = Path("runs").iterdir()
+    for number, source in enumerate(sources, start=2):
+        source.write_text(source.read_text() + "# edited\n")
+        kill(fork(), runs.args("baseline", ""), after=1)
+        assert len(list(Path("runs").glob("baseline_mtp-s0-*"))) == number
+        args = runs.args("baseline", first)
+        refused(lambda args=args: run_main(fork(), args), "--accept-changed-sources", source.name)
+    args = runs.args("baseline", first, accept_changed_sources=True)
+    assert run_main(fork(), args) == 0
+    assert same_run(first, runs.straight("baseline"))
+
+
+def test_git_state_sees_untracked_and_changed_sources(tmp_path):
+    files = [tmp_path / "fork.py", tmp_path / "common.py"]
+    assert common.git_state(files) == dict(commit=None, dirty=None)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    files[1].write_text("shared\n")
+    for words in (["init", "-q"], ["add", "common.py"], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    files[0].write_text("untracked\n")
+    assert common.git_state(files)["dirty"] is True
+    (tmp_path / ".gitignore").write_text("fork.py\n")
+    assert common.git_state(files)["dirty"] is True
+    for words in (["add", "-f", "fork.py"], ["commit", "-q", "-m", "second"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    assert common.git_state(files) == dict(commit=head.strip(), dirty=False)
+    files[1].write_text("changed\n")
+    assert common.git_state(files)["dirty"] is True
+
+
+def test_a_folder_in_use_is_refused_until_it_is_free(runs, tmp_path):
+    run_dir = runs.unfinished(tmp_path / "run")
+    with filelock.FileLock(run_dir / ".lock"):
+        refused(lambda: runs.main("baseline", run_dir), f"--run-dir {run_dir}", "in use")
+    assert runs.main("baseline", run_dir) == 0
+
+
+def test_auto_is_fp32_on_a_cpu():
+    assert common.setup_ranks("cpu", "auto").dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+DAMAGES = [("__0_0.distcp", truncate), ("__0_0.distcp", flip), ("__0_0.distcp", Path.unlink)]
+DAMAGES += [(".metadata", flip), ("metrics.jsonl", flip), ("meta.json", truncate)]
+DAMAGES += [("meta.json", Path.unlink)]
+
+
+@pytest.mark.parametrize("name, damage", DAMAGES)
+def test_a_bad_checkpoint_is_named_and_the_one_before_taken(runs, tmp_path, capsys, name, damage):
+    run_dir = runs.unfinished(tmp_path / "run")
+    damage(run_dir / "checkpoints/step_000006" / name)
+    assert runs.main("baseline", run_dir) == 0
+    output = capsys.readouterr().out
+    word = "incomplete" if (name, damage) == ("meta.json", Path.unlink) else "bad"
+    assert f"checkpoints/step_000006 is {word}" in output
+    assert "resume    from" in output and "checkpoints/step_000004\n" in output
+    assert same_run(run_dir, runs.straight("baseline"))
+    assert len(content(run_dir / "checkpoints/step_000006")) == 4  # written anew
+
+
+def test_where_no_checkpoint_is_good_nothing_is_touched(runs, tmp_path):
+    run_dir = runs.unfinished(tmp_path / "run", last=4)
+    for folder in (run_dir / "checkpoints").iterdir():
+        flip(folder / "__0_0.distcp")
+    before = content(run_dir)
+    refused(lambda: runs.main("baseline", run_dir), "--checkpoint-dir", "no checkpoint is good")
+    assert content(run_dir) == before
+
+
+def test_checkpoints_of_another_run_are_refused(runs, tmp_path):
+    shared = dict(checkpoint_dir=tmp_path / "shared", max_steps=2)
+    assert runs.main("baseline", tmp_path / "a/run", **shared) == 0
+    before = content(tmp_path / "shared/run")
+    other = functools.partial(runs.main, "baseline", tmp_path / "b/run", **shared)
+    refused(lambda: other(seed=1), "--checkpoint-dir", "another run", "seed 0 there, 1 here")
+    assert content(tmp_path / "shared/run") == before
+    assert other(checkpoint_dir="") == 0  # nothing was trained in b/run yet, so it is free
+
+
+def test_a_snapshot_is_not_changed_by_later_updates(tmp_path):
+    model = torch.nn.Linear(500, 500)
+    optimizer = common.make_optimizer(model, 0.1, 0.0)
+    checkpoints = common.Checkpoints(tmp_path, {}, 0, common.Ranks())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    checkpoints.save(1, model, optimizer, b"line\n")
+    model(torch.ones(500)).sum().backward()
+    optimizer.step()  # while it is being written
+    assert checkpoints.wait() and not torch.equal(model.weight, before["weight"])
+    assert checkpoints.load(model, optimizer) == (1, b"line\n")
+    assert same_tensors({name: p.detach() for name, p in model.named_parameters()}, before)
+    assert all(not state["exp_avg"].any() for state in optimizer.state.values())
+
+
+# --------------------------------------------------------------------------------------- trackers
+def test_mlflow_holds_the_metrics_of_both_stages_in_one_record(runs):
+    """Of a run that was killed and resumed three times."""
+    from mlflow import MlflowClient
+
+    run_dir = runs.interrupted("critic")
+    client = MlflowClient(f"sqlite:///{run_dir.parent}/mlflow.db")
+    experiment = client.get_experiment_by_name("wmtp")
+    (record,) = client.search_runs([experiment.experiment_id])
+    assert record.info.status == "FINISHED" and record.data.params["value_steps"] == "5"
+    files = {file.path for file in client.list_artifacts(record.info.run_id)}
+    assert files == {"args.json", "metrics.jsonl", "critic_wmtp.py", "common.py"}
+    points = {}
+    for line in metrics_of(run_dir):
+        for name, value in line.items():
+            step = line.get("value/step", line["step"])
+            points.setdefault(name, set()).add((step, value))
+    assert {"value/loss", "value/auc", "train/loss", "eval/bits_per_byte"} <= points.keys()
+    for name, expected in points.items():
+        history = client.get_metric_history(record.info.run_id, name)
+        assert {(point.step, point.value) for point in history} == expected, name
+
+
+def test_a_tracker_that_fails_stops_no_training(runs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/file/mlflow.db")
+    assert runs.main("baseline", tmp_path / "run", tracker="mlflow") == 0
+    assert capsys.readouterr().err.count("tracker   mlflow failed") == 1
+    assert same_run(tmp_path / "run", runs.straight("baseline"))
+
+
+def test_wandb_works_offline(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert runs.main("baseline", tmp_path / "run", tracker="wandb", max_steps=2) == 0
+    output = capsys.readouterr()
+    assert "failed" not in output.err and "wandb sync" in output.out
+    assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+
+
+# -------------------------------------------------------------------------------------- bad input
+BAD = [
+    ("--batch-size 0", "from 1"),
+    ("--batch-size 10 --micro-batch-size 4", "8 or 12"),
+    ("--num-heads 0", "at least 1"),
+    ("--max-steps 0", "from 1"),
+    ("--lr nan", "from 0"),
+    ("--model nowhere", "not a preset (tiny)"),
+    ("--data nowhere.jsonl", "preset (stdlib"),
+    ("--run-dir {folder}/text.jsonl/run", "cannot be written"),
+    ("--run-dir {folder}", "name a new folder"),
+    ("--checkpoint-dir {folder}/text.jsonl", "cannot be read or written"),
+    ("--checkpoint-dir foo://x", "foo"),
+    ("--device cuda", "--device cpu"),
+]
+
+
+@pytest.mark.parametrize("flags, word", BAD, ids=[flags for flags, _ in BAD])
+def test_bad_input_is_one_line_and_exit_code_2(runs, tmp_path, monkeypatch, capsys, flags, word):
+    if flags == "--device cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    words = words_of(runs.args("baseline", tmp_path / "run"))
+    flags = flags.format(folder=runs.material)
+    monkeypatch.setattr(sys, "argv", ["baseline_mtp.py", *words, *flags.split()])
+    before = set(runs.material.iterdir()) - {runs.material / ".lock"}
+    with pytest.raises(SystemExit) as stop:
+        common.run_script(baseline_mtp.main, baseline_mtp.Args, "manual")
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and line.startswith("error: ")
+    assert flags.rpartition("--")[2].split()[0] in line and word in line
+    assert not {p.name for p in content(tmp_path)} - {"args.json", "baseline_mtp.py", "common.py"}
+    assert set(runs.material.iterdir()) - {runs.material / ".lock"} == before
+
+
+if __name__ == "__main__":
+    run_on_a_rank(json.loads(sys.argv[1]))
