@@ -36,6 +36,7 @@ from pathlib import Path
 
 import datasets
 import filelock
+import fsspec
 import numpy as np
 import scipy.stats
 import torch
@@ -1224,9 +1225,11 @@ class Run:
             raise UsageError(f"{flag}: in use by another process") from None
         except OSError as error:
             raise UsageError(f"{flag}: cannot be written ({error.strerror})") from None
-        if not (self.folder / "args.json").exists():
-            if {f.name for f in self.folder.iterdir()} - {".lock", "args.tmp", *self.sources}:
+        if not (self.folder / "metrics.jsonl").exists():  # nothing was trained here yet
+            own = {".lock", "args.json", "args.tmp", *self.sources}
+            if {file.name for file in self.folder.iterdir()} - own:
                 raise UsageError(f"{flag}: not empty and no run; name a new folder")
+            (self.folder / "args.json").unlink(missing_ok=True)
             return
         record = json.loads((self.folder / "args.json").read_text())
         stored = {"script": record["script"], **record["args"]}
@@ -1278,14 +1281,14 @@ class Run:
         folder = f"{folder}/{self.name}".rstrip("/")
         self.checkpoints = Checkpoints(folder, self.identity, self.args.keep_last, self.ranks)
         self.start, metrics = self.checkpoints.load(model, optimizer)
+        if self.ranks.rank == 0:  # lines after the checkpoint go: their updates are done again
+            (self.folder / "metrics.jsonl").write_bytes(metrics)
         if self.tracker is None:
             kind = self.args.tracker if self.ranks.rank == 0 else "none"
             self.tracker = Tracker(kind, self.folder, vars(self.args))
             names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
             numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
             self.handlers = {number: signal.signal(number, self._catch) for number in numbers}
-        if self.ranks.rank == 0:  # lines after the checkpoint go: their updates are done again
-            (self.folder / "metrics.jsonl").write_bytes(metrics)
         self.began = time.time()
         return self.start
 
@@ -1614,6 +1617,9 @@ class Checkpoints:
     def __init__(self, folder, identity, keep_last, ranks):
         self.folder, self.identity, self.keep_last = str(folder), identity, keep_last
         self.ranks, self.bad, self.pending = ranks, set(), None
+        # A store that stalls ends a save after 8 minutes, not 20: s3fs tries five times, 15 s each,
+        # so botocore need not do so inside. The environment variable FSSPEC_S3 replaces this.
+        fsspec.config.conf.setdefault("s3", {"config_kwargs": {"retries": {"max_attempts": 1}}})
         try:
             self.fs, self.root = url_to_fs(self.folder)
         except (ValueError, ImportError) as error:

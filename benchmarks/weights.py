@@ -1,6 +1,6 @@
 """Draws tokens of the last training batch of a run, coloured by their weight.
 
-    python benchmarks/weights.py runs/X OUT.png        (runs/X/weights.json, written by each script)
+python benchmarks/weights.py runs/X OUT.png        (runs/X/weights.json, written by each script)
 """
 
 import json

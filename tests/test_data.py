@@ -347,7 +347,9 @@ def test_siblings_differ_by_one_fault_that_changes_the_code_and_no_length_tells_
     lengths = [len(record["completion"]) for record in records]
     assert abs(roc_auc_score([r["reward"] for r in records], lengths) - 0.5) < 0.02
     longer = [len(right["completion"]) - len(wrong["completion"]) for right, wrong in siblings]
-    assert abs(sum(map(bool, longer)) - 2 * sum(change > 0 for change in longer)) < 0.1 * len(longer)
+    assert abs(sum(map(bool, longer)) - 2 * sum(change > 0 for change in longer)) < 0.1 * len(
+        longer
+    )
 
 
 def test_the_fault_of_a_broken_function_by_hand():

