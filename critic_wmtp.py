@@ -2,13 +2,14 @@
 
 Stage 1 learns V[t], the probability that a completion which begins with tokens 0..t turns out
 correct, from records with an outcome R. Stage 2 follows by itself. It trains the heads (2404.19737)
-with more weight on tokens after which V rises (advantage-weighted regression, 1910.00177):
+with more weight on tokens after which V rises (advantage-weighted regression, 1910.00177; here the
+data are not sampled from the policy, advantages are whitened, and weights are bounded):
 
     BCE      = -R log V[t] - (1 - R) log(1 - V[t])      stage 1, mean over every prefix
     delta[t] = gamma V[t] - V[t-1];  at the last token R - V[t-1]
     A[t]     = sum_l (gamma gae_lambda)^l delta[t+l]    GAE, arXiv 1506.02438, eq. 16
     s        = (A - mean) / deviation                   both moving over updates
-    u        = N softmax(s / temperature), bounded_softmax, mean 1
+    u        = N softmax(s / temperature), bounded, mean 1
     w        = lambda + (1 - lambda) u
     L        = 1/N * sum_t sum_k  m[t,k] * w[t+k] * CE[t,k]    stage 2, plus --value-coef * BCE
 
@@ -22,11 +23,8 @@ with more weight on tokens after which V rises (advantage-weighted regression, 1
     lambda   --lambda       1 is baseline_mtp.py to the last bit, 0 the bare algorithm
     N        num_valid      valid targets of head 1 in the update, over all ranks and micro-steps
 
-Deviations: the data are not sampled from the policy; advantages are whitened, weights bounded.
-
 Commands:
   laptop      python critic_wmtp.py
-  one GPU     python critic_wmtp.py --model Qwen/Qwen2.5-0.5B --data my.jsonl --lr 1e-5 ...
   eight GPUs  torchrun --nproc-per-node 8 critic_wmtp.py --model Qwen/Qwen2.5-7B --data my.jsonl ...
 Results: README.md
 """
@@ -34,7 +32,6 @@ Results: README.md
 import collections
 import copy
 import functools
-import hashlib
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,11 +51,10 @@ from common import CORRECT, IGNORE, Run, Sums, UsageError, active_heads, batch_r
 from common import build_model, check_ranges, clip_gradients, control_weights, count_targets
 from common import describe, encode, evaluate_heldout, first_line, full_state, heldout_batches
 from common import learning_rate, load_batch, load_data, make_optimizer, micro_batch_rows
-from common import micro_batches, run_script, set_gradient_sync, setup_ranks, shard
+from common import micro_batches, run_script, set_gradient_sync, setup_ranks, sha256, shard
 from common import weights_of_targets
 
-# Shapes: B sequences, T positions, K heads, D width, R ranks, N valid targets of head 1 in a
-# micro-step over all ranks, or held-out rows.
+# Shapes: B sequences, T positions, K heads, D width, R ranks, N targets of all ranks, or rows.
 
 
 @dataclass
@@ -109,8 +105,7 @@ class Args:
     max_weight: float = 3.0  # largest u
     gamma: float = 1.0  # discount of the value of the next prefix
     gae_lambda: float = 0.95  # 0: credit by the next value alone; 1: by the outcome alone
-    value: Literal["separate", "frozen"] = "separate"
-    """Trunk under V: a copy that stage 1 trains, or the policy's, without gradient."""
+    value: Literal["separate", "frozen"] = "separate"  # trunk under V: a copy, or the policy's
     value_steps: int = 500  # updates of stage 1
     value_batches: int = 2  # batches of --batch-size rows in an update of stage 1
     value_lr: float = 1e-3  # peak learning rate of stage 1; 0: --lr
@@ -118,8 +113,7 @@ class Args:
     pair_coef: float = 1.0  # share in stage 1 of the loss of pairs of both outcomes; 0: no pairs
     value_head: str = ""  # file value_head.safetensors of another run, instead of stage 1
     reward_model: str = ""  # Hugging Face sequence classifier that scores records without a reward
-    train_on: Literal["correct", "all"] = "correct"
-    """Records whose tokens are targets; V learns from all."""
+    train_on: Literal["correct", "all"] = "correct"  # records to imitate; V learns from all
     control: Literal["none", "shuffle", "random"] = "none"
     """Weights without information: permuted in each completion, or drawn from all anew."""
 
@@ -146,10 +140,9 @@ def value_loss(logit_BT, batch, share_B=1):
 
 
 def pair_loss(logit_BT, batch):
-    """Sum over the siblings in rows 2i and 2i+1 of -log sigmoid of the difference of mean logits.
+    """Sum over the siblings in rows 2i and 2i+1 of -log sigmoid(mean logit right - wrong).
 
-    The correct one comes first in the difference. Shared prefixes cancel in the means, so what
-    counts is V from the first difference on.
+    Prefixes that both have cancel in the means: V counts from the first difference on.
     """
     prefix_BT = prefixes(batch)
     mean_B = (logit_BT * prefix_BT).sum(1) / prefix_BT.sum(1).clamp(min=1)
@@ -179,10 +172,7 @@ def advantages(value_BT, reward_B, completion_BT, gamma, gae_lambda):
 
 
 def whiten(advantage_N, moments, decay=0.99):
-    """Advantages less their moving mean, over their moving deviation.
-
-    It updates `moments` `[3]`: decayed sums of ones, means and squared deviations.
-    """
+    """Advantages less their moving mean, over their moving deviation; updates `moments` `[3]`."""
     if len(advantage_N) > 0:
         new = torch.stack([torch.ones_like(moments[0]), advantage_N.mean()])
         moments[:2] = decay * moments[:2] + (1 - decay) * new
@@ -194,10 +184,9 @@ def whiten(advantage_N, moments, decay=0.99):
 
 @torch.no_grad()
 def token_weights(batch, logit_BT, moments, key, args, ranks):
-    """Weight of every token of this rank, `[B, T]`, from V; 1 where a token is no target.
+    """Weight of every token of this rank, `[B, T]`; 1 where a token is no target.
 
-    The advantages of all ranks are gathered and every rank computes all weights, so they are the
-    same on any number of ranks.
+    Every rank computes all weights, so they are the same on any number of ranks.
     """
     value_BT = logit_BT.sigmoid()
     completion_BT = batch.completion_BT
@@ -219,9 +208,8 @@ class Value(nn.Module):
     """Logit of V for every prefix, `[B, T]`: a running sum of evidence.
 
     By Bayes' rule a token changes the log odds of the outcome by the logarithm of how much
-    likelier it is under the one outcome than under the other, given what stands before. It is read
-    from the trunk's state and from embeddings of the last 2, 3, 4 and 6 tokens by their hash
-    (2412.09871, section 3.2.1), which a small trunk learns late.
+    likelier it is under the one outcome than under the other. It is read from the trunk's state and
+    from hashed embeddings of the last 2, 3, 4 and 6 tokens (2412.09871, section 3.2.1).
     """
 
     SPANS, BUCKETS, WIDTH = (2, 3, 4, 6), 2**14, 16
@@ -265,6 +253,7 @@ class Critic(nn.Module):
     def __init__(self, policy, args, ranks):
         super().__init__()
         self.policy, self.value = policy, Value(policy, args.value == "separate")
+        # Decayed sums of ones, of the advantages' means, and of their squared deviations
         self.moments = nn.Parameter(torch.zeros(3, device=ranks.device), requires_grad=False)
         self.value_coef = args.value_coef if args.trains_value else 0.0
         self.trunk_BTD, self.ranks, self.fingerprint = None, ranks, ""
@@ -274,8 +263,7 @@ class Critic(nn.Module):
             except (OSError, SafetensorError, RuntimeError) as error:
                 reason = f"holds no --value {args.value} of this model ({first_line(error)})"
                 raise UsageError(f"--value-head {args.value_head}: {reason}") from None
-            digest = hashlib.sha256(Path(args.value_head).read_bytes())
-            self.fingerprint = digest.hexdigest()[:16]
+            self.fingerprint = sha256(Path(args.value_head).read_bytes())
         policy.heads.register_forward_pre_hook(self.keep)
         shard(self.value.to(ranks.device), ranks)
 
@@ -290,6 +278,14 @@ class Critic(nn.Module):
                 with torch.no_grad():
                     self.policy(batch.x_BT, batch.targets_KBT[:1])
             return self.value(batch.x_BT, self.trunk_BTD, prefixes(batch))
+
+    def metrics(self, sums, grad_clip):
+        """Figures of V where it trains in stage 2; its gradient is clipped by itself."""
+        if self.value_coef == 0:
+            return {}
+        loss = sums.total["auxiliary"] / self.value_coef
+        norm = clip_gradients(self.value, grad_clip)
+        return {"train/value_loss": loss, "train/value_grad_norm": norm}
 
     def save(self, file):
         """Write V, with its trunk where it has its own, as one safetensors file."""
@@ -346,9 +342,9 @@ def train_value(critic, optimizer, data, tokenizer, run, micro_batch_size, args,
 
 
 def partners(rows, copies):
-    """For every row a sibling of the other outcome, in turn (itself if there is none), and a share.
+    """For every row a sibling of the other outcome (else itself), and its share in the loss.
 
-    The share makes all rows count alike where each comes with its partner (`copies` 2).
+    With shares all rows count alike, though each comes with a partner (`copies` 2).
     """
     is_correct_N = np.array(rows["reward"][:]) > CORRECT
     siblings = collections.defaultdict(lambda: ([], []))
@@ -368,8 +364,9 @@ def load_records(args, tokenizer, ranks):
     score = functools.partial(reward_scores, args.reward_model, ranks.device)
     sizes = (args.seq_len, args.seed, args.noise_frac)
     data = load_data(args.data, tokenizer, *sizes, ranks, score if args.reward_model else None)
-    rewards = [] if data.heldout_records is None else data.records["reward"][:]
-    if len(set(rewards)) < 2:
+    parts = [] if data.heldout_records is None else [data.records, data.heldout]
+    outcomes = [{reward > CORRECT for reward in rows["reward"][:].tolist()} for rows in parts]
+    if not outcomes or min(map(len, outcomes)) < 2:
         needed = "right and wrong records: a column reward (0 to 1), or a --reward-model"
         raise UsageError(f"--data {args.data}: V needs {needed}")
     if args.trains_value or args.train_on == "all":  # wrong records train V, or all are imitated
@@ -383,9 +380,9 @@ def reward_scores(name, device, prompts, completions):
     One output is a logit: sigmoid. Of two the second is the correct class: softmax. Of a text that
     is too long the end is read. A `UsageError` names a model that is no trained classifier.
     """
-    flag, load = f"--reward-model {name}", transformers.AutoModelForSequenceClassification
+    flag, auto = f"--reward-model {name}", transformers.AutoModelForSequenceClassification
     try:
-        model, info = load.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        model, info = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
     except Exception as error:  # a broken folder raises errors without a common class
         raise UsageError(f"{flag}: no sequence classifier ({first_line(error)})") from None
@@ -395,14 +392,11 @@ def reward_scores(name, device, prompts, completions):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     longest = getattr(model.config, "max_position_embeddings", None)
-    options = dict(top_k=None, batch_size=16, truncation=longest is not None, max_length=longest)
-    classify = transformers.pipeline(
-        "text-classification", model=model, tokenizer=tokenizer, device=device, **options
-    )
-    label, texts = (
-        model.config.id2label[num_labels - 1],
-        [p + c for p, c in zip(prompts, completions)],
-    )
+    options = dict(model=model, tokenizer=tokenizer, device=device, top_k=None, batch_size=16)
+    options.update(truncation=longest is not None, max_length=longest)
+    classify = transformers.pipeline("text-classification", **options)
+    label = model.config.id2label[num_labels - 1]
+    texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
     scores = [score for scores in classify(texts) for score in scores]
     return np.array([score["score"] for score in scores if score["label"] == label])
 
@@ -425,19 +419,19 @@ def judge_value(critic, data, tokenizer, micro_batch_size, name, ranks):
 
 
 def judge(value_NT, data, tokenizer):
-    """How well V of the prefixes of held-out rows, `[N, T]`, tells their outcome, beside chance.
+    """How well V of the prefixes of held-out rows, `[N, T]`, tells their outcome.
 
-    `auc`: of V after the last token, correct against wrong records. `auc_position`: of the length
-    of the completion, up or down. `pairs`: share of (correct, wrong) siblings whose V at the end is
-    in order, ties half. `fault_token`: share of the wrong records with a known fault whose token of
-    the largest drop of V lies in the fault; `fault_token_chance`: of a random token.
+    `auc`: of V after the last token; `auc_position`: of the length, up or down. `pairs`: share of
+    (correct, wrong) siblings that V orders right, ties half. `fault_token`: share of the wrong
+    records whose largest drop of V lies in the fault; `.._chance`: of a random token.
     """
     columns = data.heldout[:]
     is_target_NT, is_correct_N = columns["is_target"], columns["reward"] > CORRECT
     last_N = is_target_NT.shape[1] - 1 - is_target_NT[:, ::-1].argmax(1)
     end_N = value_NT[np.arange(len(last_N)), last_N]
-    by_length = auc(is_target_NT.sum(1), is_correct_N)
-    figures = {"auc": auc(end_N, is_correct_N), "auc_position": max(by_length, 1 - by_length)}
+    by_length = roc_auc_score(is_correct_N, is_target_NT.sum(1))
+    figures = {"auc": float(roc_auc_score(is_correct_N, end_N))}
+    figures["auc_position"] = float(max(by_length, 1 - by_length))
 
     siblings = collections.defaultdict(lambda: ([], []))
     for sibling, is_correct, value in zip(columns["sibling"].tolist(), is_correct_N, end_N):
@@ -459,11 +453,6 @@ def judge(value_NT, data, tokenizer):
         figures["fault_token"] = float(np.mean(hits))
         figures["fault_token_chance"] = float(np.mean(chances))
     return figures
-
-
-def auc(score_N, is_correct_N):
-    """Area under the ROC curve; one half without both outcomes."""
-    return float(roc_auc_score(is_correct_N, score_N)) if len(set(is_correct_N)) == 2 else 0.5
 
 
 def fault_tokens(record, tokenizer, length):
@@ -546,15 +535,13 @@ def main(args):
             (objective + auxiliary).backward()
             sums.add(batch, loss_KBT, weight_KBT, objective=objective, auxiliary=auxiliary)
         grad_norm = clip_gradients(model, args.grad_clip)
-        value_norm = clip_gradients(critic.value, args.grad_clip)  # V must not scale the policy
 
         # Metrics of the update, exact over all ranks and micro-steps
         metrics = sums.metrics(count_K)
         metrics["train/grad_norm"] = grad_norm
         metrics["train/lr"] = lr
-        if critic.value_coef > 0:
-            metrics["train/value_loss"] = sums.total["auxiliary"] / critic.value_coef
-        run.require_finite(step, {**metrics, "train/value_grad_norm": value_norm})
+        metrics.update(critic.metrics(sums, args.grad_clip))
+        run.require_finite(step, metrics)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - began

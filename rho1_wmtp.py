@@ -6,7 +6,7 @@ score: what can be learnt and is not known yet. Noise has a high loss under both
 known has a low one, so both score low. A token has one weight, whichever head predicts it:
 
     s[j] = CE_1[j] - CE_ref[j]                              eq. 3: same token, same prefix
-    u    = N softmax(s / temperature), bounded_softmax, mean 1      --mode weighted
+    u    = N softmax(s / temperature), bounded, mean 1      --mode weighted
     u[j] = 1/(1 - ratio) if s[j] is among the highest       --mode token_skip, eq. 4 and 5
     w    = lambda + (1 - lambda) u
     L    = 1/N * sum_t sum_k  m[t,k] * w[t+k] * CE[t,k]

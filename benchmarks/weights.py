@@ -4,16 +4,19 @@ python benchmarks/weights.py runs/X OUT.png        (runs/X/weights.json, written
 """
 
 import json
-import sys
 from pathlib import Path
 
-import tools  # noqa: F401 -- makes `common` importable
+import tools
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from common import load_tokenizer
 
-run_dir, out = Path(sys.argv[1]), sys.argv[2]
+parser = tools.parser(__doc__)
+parser.add_argument("run_dir", type=Path)
+parser.add_argument("out")
+args = parser.parse_args()
+run_dir, out = args.run_dir, args.out
 tokenizer = load_tokenizer(run_dir / "model")
 rows = json.loads((run_dir / "weights.json").read_text())
 tokens = [pair for row in rows for pair in zip(row["ids"], row["weight"])]

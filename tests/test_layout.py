@@ -15,10 +15,10 @@ import rho1_wmtp
 
 ROOT = Path(__file__).parents[1]
 CEILINGS = {"baseline_mtp.py": 250, "rho1_wmtp.py": 410, "critic_wmtp.py": 560}  # lines
-CEILINGS.update({"evaluate.py": 950, "common.py": 2000, "README.md": 250})  # 1,300 in common.py
+CEILINGS.update({"evaluate.py": 950, "common.py": 1300, "README.md": 250})
 OTHERS = ".ci .gitignore LICENSE benchmarks pyproject.toml requirements.txt tests".split()
-TOO_LONG = {"critic_wmtp.py", "evaluate.py", "README.md"}  # yet
-TOO_WIDE = {"test_data.py", "test_sandbox.py"}  # yet
+TOO_LONG = {"common.py"}  # yet: 1,300
+TOO_WIDE = {"test_sandbox.py"}  # tables
 
 
 def test_the_top_level_is_this_list():
@@ -51,7 +51,7 @@ def shared_arguments(script):
     return re.sub(r"    data: str = .*\n.*\n", "", text)
 
 
-@pytest.mark.parametrize("script, limit", [(rho1_wmtp, 16), (critic_wmtp, 21)])  # 20: to come
+@pytest.mark.parametrize("script, limit", [(rho1_wmtp, 16), (critic_wmtp, 20)])
 def test_only_the_algorithm_differs_from_the_baseline(script, limit):
     """Shared arguments are equal word for word; `main` has few lines of its own."""
     assert shared_arguments(script) == shared_arguments(baseline_mtp)
