@@ -1203,7 +1203,7 @@ class Run:
         self.args, self.ranks, self.num_steps = args, ranks, args.max_steps
         self.name, self.tracker, self.stopping, self.caught = "", None, False, ""
         self.files = [Path(script), Path(__file__)]
-        self.sources = {file.name: sha256(file.read_bytes()) for file in self.files}
+        self.sources = {file.name: sha256(file.read_bytes())[:16] for file in self.files}
         fixed = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
         self.identity = {"script": Path(script).stem, **fixed}
         digest = sha256(json.dumps([self.identity, self.sources]).encode())[:8]

@@ -21,17 +21,17 @@ tokenizer = load_tokenizer(run_dir / "model")
 rows = json.loads((run_dir / "weights.json").read_text())
 tokens = [pair for row in rows for pair in zip(row["ids"], row["weight"])]
 most = max(weight for _, weight in tokens if weight is not None)
-figure = Figure(figsize=(9, 3.4), dpi=110)
+figure = Figure(figsize=(8, 3.3), dpi=120)
 line, column = 0, 0
 for token, weight in tokens:
     text = tokenizer.decode([token])
-    if text == "\n" or column >= 96:
+    if text == "\n" or column >= 84:
         line, column = line + 1, 0
     if text == "\n" or line >= 14:
         continue
-    shade = "white" if weight is None else colormaps["Blues"](0.75 * weight / most)
+    shade = "white" if weight is None else colormaps["Blues"](0.55 * weight / most)
     box = dict(facecolor=shade, edgecolor="none", boxstyle="square,pad=0.18")
-    place = (0.01 + column / 98, 0.95 - line / 14.5)
+    place = (0.01 + column / 86, 0.95 - line / 14.5)
     figure.text(*place, text, family="monospace", fontsize=9, bbox=box, va="center")
     column += len(text)
 figure.savefig(out)
