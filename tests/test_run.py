@@ -518,3 +518,21 @@ def test_bad_input_is_one_line_and_exit_code_2(runs, tmp_path, monkeypatch, caps
 
 if __name__ == "__main__":
     run_on_a_rank(json.loads(sys.argv[1]))
+
+
+def test_the_weighting_in_readme_runs_as_a_fork(material, tmp_path):
+    """README's `token_weights` in the place of the baseline's: mean 1, and twice on hard tokens."""
+    block = (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    source = (ROOT / "baseline_mtp.py").read_text()
+    before, _, after = source.partition("def token_weights(x_BT):")
+    source = before + block + "\n\n# ---" + after.partition("\n# ---")[2]
+    source = source.replace("token_weights(batch.x_BT)", "token_weights(batch, loss_KBT)")
+    source = source.replace("from common import ", "from common import IGNORE, ", 1)
+    (tmp_path / "mine_wmtp.py").write_text(source)
+    spec = importlib.util.spec_from_file_location("mine_wmtp", tmp_path / "mine_wmtp.py")
+    mine = importlib.util.module_from_spec(spec)
+    sys.modules["mine_wmtp"] = mine
+    spec.loader.exec_module(mine)
+    assert run_main(mine, short_args(mine, material, tmp_path / "run", max_steps=2)) == 0
+    for line in metrics_of(tmp_path / "run")[:2]:
+        assert line["weights/mean"] == pytest.approx(1, abs=1e-5) and line["weights/max"] > 1.2
