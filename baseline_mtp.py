@@ -91,9 +91,9 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------- algorithm
-def token_weights(x_BT):
+def token_weights(batch, loss_KBT):
     """Weight of every token, `[B, T]`: 1."""
-    return torch.ones(x_BT.shape, device=x_BT.device)
+    return torch.ones_like(batch.x_BT, dtype=torch.float32)
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -145,7 +145,7 @@ def main(args):
                 loss_KBT = model(batch.x_BT, batch.targets_KBT)
 
             # ALGO LOGIC: every token weighs 1
-            weight_BT = token_weights(batch.x_BT)
+            weight_BT = token_weights(batch, loss_KBT)
 
             weight_KBT = weights_of_targets(weight_BT, num_heads)
             objective = (weight_KBT * loss_KBT).sum() / num_valid

@@ -83,6 +83,10 @@ def run_script(main, args_class, doc):
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except Exception:
+        if "mlflow" in sys.modules:
+            sys.modules["mlflow"].end_run("FAILED")
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -163,6 +167,8 @@ def setup_ranks(device, dtype):
         device = "cuda" if has_cuda else "cpu"
     if device == "cuda" and not has_cuda:
         raise UsageError("--device cuda: torch finds no CUDA device; use --device cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: torch finds no Metal device; use --device cpu")
     own_device = torch.device(device)
     if device == "cuda":
         own_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -748,8 +754,11 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, ranks, score):
     parts, fingerprints, names = {}, [], {"records": "training", "heldout": "held-out"}
     for part, numbers, noise in (("records", train_N, noise_frac), ("heldout", heldout_N, 0.0)):
         chosen = documents.select(numbers)
-        fingerprints.append(_fingerprint(_texts(chosen)))
-        made_of = ["rows 1", fingerprints[-1], tokenizer_fingerprint, seq_len, noise]
+        digest = hashlib.sha256()
+        for text in _texts(chosen):
+            digest.update(json.dumps(text).encode())
+        fingerprints.append(digest.hexdigest())
+        made_of = ["rows 1", digest.hexdigest(), tokenizer_fingerprint, seq_len, noise]
         made_of.append(seed if noise else 0)
         rows = _pack(chosen, tokenizer, seq_len, noise, seed, _fingerprint(made_of))
         if len(rows) == 0:
@@ -767,6 +776,7 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, ranks, score):
             if max(chosen["reward"]) <= CORRECT:
                 reward = f"no {names[part]} record has a reward above {CORRECT}"
                 raise UsageError(f"--data {name}: {reward}")
+            fingerprints.append(_fingerprint(chosen["reward"][:]))
         parts[part] = rows.with_format("numpy")
     correct = parts["records"]
     if has_reward:  # batches hold no row that is not imitated
@@ -901,8 +911,9 @@ def _with_rewards(records, name, score):
         raise UsageError(f"--data {name}: record {number + 1} has {reward}")
     sibling_N = np.unique(prompts, return_inverse=True)[1].tolist()
     table = dict(prompt=prompts, reward=reward_N.tolist(), group=sibling_N, sibling=sibling_N)
-    for column in {"group", "sibling", "fault_start", "fault_end"} & set(records.column_names):
-        table[column] = records[column][:]
+    for column in ("group", "sibling", "fault_start", "fault_end"):
+        if {"group", "sibling"} <= set(records.column_names) and column in records.column_names:
+            table[column] = records[column][:]
     return datasets.Dataset.from_dict({**table, "completion": completions})
 
 
@@ -924,7 +935,7 @@ def _split(documents, seed, name):
         size[group] += len(text.encode("utf-8", "replace"))
         first_hash[group] = min(text_hash, first_hash.get(group, text_hash))
     if len(size) < 2:
-        kind = "prompt" if has_group else "text"
+        kind = "prompt or group" if has_group else "text"
         raise UsageError(f"--data {name}: holds {len(size)} {kind}(s); the split needs at least 2")
     budget = min(4_000_000, (0.1 if has_group else 0.03) * size.total())
     heldout, num_bytes = set(), 0
@@ -1201,7 +1212,7 @@ class Run:
 
     def __init__(self, args, script, ranks):
         self.args, self.ranks, self.num_steps = args, ranks, args.max_steps
-        self.name, self.tracker, self.stopping, self.caught = "", None, False, ""
+        self.name, self.tracker, self.stopping = "", None, False
         self.files = [Path(script), Path(__file__)]
         self.sources = {file.name: sha256(file.read_bytes())[:16] for file in self.files}
         fixed = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
@@ -1236,10 +1247,16 @@ class Run:
         stored = {name: stored.get(name) for name in self.identity}
         if changes := differences(stored, self.identity):
             raise UsageError(f"{flag}: holds a run with other arguments ({changes})")
-        changes = differences(record.get("sources", {}), self.sources)
-        if changes and not self.args.accept_changed_sources:
+        before = record.get("sources", {})
+        changed = ", ".join(name for name in self.sources if self.sources[name] != before.get(name))
+        if changed and not self.args.accept_changed_sources:
             remedy = "name a new folder, or add --accept-changed-sources to resume"
-            raise UsageError(f"{flag}: holds a run of other sources ({changes}); {remedy}")
+            raise UsageError(f"{flag}: {changed} differs from the copy in it; {remedy}")
+        if changed:
+            for file in self.files:
+                shutil.copy(file, self.folder / f"{self.sources[file.name][:8]}-{file.name}")
+            record.setdefault("accepted_sources", []).append(self.sources)
+            write_whole(self.folder / "args.json", json.dumps(record, indent=1))
 
     def record(self, data, **fingerprints):
         """Write args.json and copy the sources, once; a resumed run must find the same inputs.
@@ -1279,7 +1296,9 @@ class Run:
         if self.args.checkpoint_dir:
             folder = f"{self.args.checkpoint_dir.rstrip('/')}/{self.folder.name}"
         folder = f"{folder}/{self.name}".rstrip("/")
-        self.checkpoints = Checkpoints(folder, self.identity, self.args.keep_last, self.ranks)
+        sources = {} if self.args.accept_changed_sources else self.sources
+        identity = {**self.identity, **sources}
+        self.checkpoints = Checkpoints(folder, identity, self.args.keep_last, self.ranks)
         self.start, metrics = self.checkpoints.load(model, optimizer)
         if self.ranks.rank == 0:  # lines after the checkpoint go: their updates are done again
             (self.folder / "metrics.jsonl").write_bytes(metrics)
@@ -1289,7 +1308,6 @@ class Run:
             names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
             numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
             self.handlers = {number: signal.signal(number, self._catch) for number in numbers}
-        self.began = time.time()
         return self.start
 
     def _catch(self, number, frame):
@@ -1298,6 +1316,8 @@ class Run:
 
     def should_save(self, step):
         """After `step` updates: a checkpoint is due, or a signal to any rank asks to stop."""
+        if step == self.start:
+            self.began = time.time()
         self.stopping = self.ranks.sum(torch.tensor(float(len(SIGNALS)))).item() > 0
         is_due = self.args.save_every and step % self.args.save_every == 0
         return step > self.start and bool(is_due or self.stopping or step == self.num_steps)
@@ -1461,10 +1481,12 @@ class Tracker:
     def __init__(self, kind, folder, arguments):
         self.kind, self.folder, self.arguments = kind, folder, arguments
         file = folder / "tracker.json"
-        self.run_id = json.loads(file.read_text()).get(kind) if file.exists() else None
+        known = json.loads(file.read_text()) if file.exists() else {}
+        self.run_id = known.get(kind)
         self._call("start")
         if self.kind != "none":
-            write_whole(file, json.dumps({self.kind: self.run_id}))
+            others = {k: v for k, v in known.items() if k != self.kind}
+            write_whole(file, json.dumps({**others, self.kind: self.run_id}))  # the last one counts
 
     def log(self, step, metrics):
         self._call("log", step, metrics)
@@ -1522,6 +1544,7 @@ class Tracker:
         options.update(project="wmtp", name=self.folder.name, config=self.arguments)
         self.run = wandb.init(**options)
         self.run.define_metric("*", step_metric="step")  # wandb's own step cannot go back
+        self.run.define_metric("value/*", step_metric="value/step")
 
     def wandb_log(self, step, metrics):
         self.run.log(metrics)
@@ -1539,7 +1562,7 @@ def log_to_tracker(run_dir, step, metrics, files):
     file = Path(run_dir) / "tracker.json"
     if not file.exists():
         return None
-    (kind,) = json.loads(file.read_text())
+    kind = list(json.loads(file.read_text()))[-1]
     tracker = Tracker(kind, Path(run_dir), {})
     tracker.log(step, {"step": step, **metrics})
     return tracker.finish(files)
@@ -1644,36 +1667,45 @@ class Checkpoints:
         """Wait for the save that is under way; True unless the last save failed."""
         return self.pending is None or self.pending.result()
 
+    def _own_files(self, path, metrics):
+        """Size and hash of this rank's files of a checkpoint; rank 0 adds metrics.jsonl first."""
+        self.fs.invalidate_cache()
+        files = self.fs.glob(f"{path}/__{self.ranks.rank}_*")
+        if self.ranks.rank == 0:
+            self.fs.pipe_file(f"{path}/metrics.jsonl", metrics)
+            files += [f"{path}/metrics.jsonl", f"{path}/.metadata"]
+        return {file.rpartition("/")[2]: self._fingerprint(file) for file in files}
+
     def _complete(self, future, name, meta, metrics):
         """Once all files are written, note their sizes and hashes in `meta.json`; prune."""
-        path, rank = f"{self.root}/{name}", self.ranks.rank
+        path, rank, failure, files = f"{self.root}/{name}", self.ranks.rank, None, {}
         try:
             future.result()
-            self.fs.invalidate_cache()
-            files = self.fs.glob(f"{path}/__{rank}_*")
-            if rank == 0:
-                self.fs.pipe_file(f"{path}/metrics.jsonl", metrics)
-                files += [f"{path}/metrics.jsonl", f"{path}/.metadata"]
-            files = {file.rpartition("/")[2]: self._fingerprint(file) for file in files}
-            files_of_ranks = [files]
-            if self.group:
-                files_of_ranks = [None] * self.ranks.world_size
-                dist.all_gather_object(files_of_ranks, files, group=self.group)
-            if rank == 0:
-                meta["files"] = dict(pair for files in files_of_ranks for pair in files.items())
+            files = self._own_files(path, metrics)
+        except dcp.api.CheckpointException as error:  # it names ranks; the reason is inside
+            failure = first_line(next(iter(error.failures.values()))[0])
+        except Exception as error:  # whatever a store raises: training goes on
+            failure = first_line(error)
+        results = [(files, failure)]
+        try:
+            if self.group:  # every rank comes here, so that none waits for one that failed
+                results = [None] * self.ranks.world_size
+                dist.all_gather_object(results, (files, failure), group=self.group)
+            failure = next((text for _, text in results if text), None)
+            if rank == 0 and failure is None:
+                meta["files"] = dict(pair for files, _ in results for pair in files.items())
                 self.fs.pipe_file(f"{path}/meta.json", json.dumps(meta).encode())
                 self.bad.discard(name)
                 complete = [n for n in self._names() if self._exists(n, "meta.json")]
                 good = [n for n in complete if n not in self.bad]
                 for old in good[: -self.keep_last] if self.keep_last else []:
                     self.fs.rm(f"{self.root}/{old}", recursive=True)
-            return True
-        except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception
-            if isinstance(error, dcp.api.CheckpointException):  # it names ranks, not the reason
-                error = next(iter(error.failures.values()))[0]
-            text = f"checkpoint {self.folder}/{name} was not written: {first_line(error)}"
-            print(f"{text}; training goes on", file=sys.stderr, flush=True)
-            return False
+        except Exception as error:
+            failure = first_line(error)
+        if failure and rank == 0:
+            text = f"checkpoint {self.folder}/{name} was not written: {failure}; training goes on"
+            print(text, file=sys.stderr, flush=True)
+        return failure is None
 
     def load(self, model, optimizer):
         """Read the last good checkpoint in place; returns its step and metrics.jsonl (0, empty).
@@ -1722,7 +1754,8 @@ class Checkpoints:
             except (FileNotFoundError, ValueError) as error:
                 damage = first_line(error)
             if not damage:
-                if changes := differences(meta["identity"], self.identity):
+                before = {key: meta["identity"].get(key) for key in self.identity}
+                if changes := differences(before, self.identity):
                     raise UsageError(f"{name} is of another run ({changes})")
                 return name, meta, self.fs.cat_file(f"{path}/metrics.jsonl")
             print(f"checkpoint {path} is bad: {damage}", flush=True)
@@ -1746,7 +1779,8 @@ class Checkpoints:
         self.fs.invalidate_cache()
         paths = self.fs.ls(self.root, detail=False) if self.fs.exists(self.root) else []
         names = [path.rstrip("/").rpartition("/")[2] for path in paths]
-        return sorted(name for name in names if re.fullmatch(r"step_\d{6,}", name))
+        names = [name for name in names if re.fullmatch(r"step_\d{6,}", name)]
+        return sorted(names, key=lambda name: int(name.removeprefix("step_")))
 
 
 def named_state(model, optimizer):

@@ -188,8 +188,7 @@ def token_weights(batch, logit_BT, moments, key, args, ranks):
 
     Every rank computes all weights, so they are the same on any number of ranks.
     """
-    value_BT = logit_BT.sigmoid()
-    completion_BT = batch.completion_BT
+    value_BT, completion_BT = logit_BT.sigmoid(), batch.completion_BT
     advantage_BT = advantages(value_BT, batch.reward_B, completion_BT, args.gamma, args.gae_lambda)
     valid_BT = F.pad(batch.targets_KBT[0, :, :-1] != IGNORE, (1, 0))
     gathered_R2BT = ranks.gather(torch.stack([advantage_BT, valid_BT.float()]))
@@ -255,7 +254,7 @@ class Critic(nn.Module):
         self.policy, self.value = policy, Value(policy, args.value == "separate")
         # Decayed sums of ones, of the advantages' means, and of their squared deviations
         self.moments = nn.Parameter(torch.zeros(3, device=ranks.device), requires_grad=False)
-        self.value_coef = args.value_coef if args.trains_value else 0.0
+        self.is_used, self.value_coef = args.lambda_ < 1, args.value_coef * args.trains_value
         self.trunk_BTD, self.ranks, self.fingerprint = None, ranks, ""
         if args.value_head:
             try:
@@ -272,6 +271,8 @@ class Critic(nn.Module):
 
     def logits(self, batch, run_policy=False):
         """Logit of V, `[B, T]`; without `run_policy` the policy's last pass was of this batch."""
+        if not (run_policy or self.is_used):
+            return torch.zeros(batch.x_BT.shape, device=batch.x_BT.device)
         has_gradient = torch.is_grad_enabled() and (run_policy or self.value_coef > 0)
         with self.ranks.autocast(), torch.set_grad_enabled(has_gradient):
             if run_policy and self.value.trunk is None:
@@ -335,9 +336,9 @@ def train_value(critic, optimizer, data, tokenizer, run, micro_batch_size, args,
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.log(step + 1, metrics)
+    run.checkpoints.wait()
     if run.num_steps or args.value_head:
-        judged = judge_value(critic, data, tokenizer, micro_batch_size, "value", ranks)
-        run.log(run.num_steps, judged)
+        run.log(step, judge_value(critic, data, tokenizer, micro_batch_size, "value", ranks))
         critic.save(run.folder / "value_head.safetensors")
 
 
@@ -457,10 +458,9 @@ def judge(value_NT, data, tokenizer):
 
 def fault_tokens(record, tokenizer, length):
     """Which of the `length` tokens of a completion lie in its fault; None if it is not known."""
-    start, end = record.get("fault_start", -1), record.get("fault_end", -1)
-    if start < 0:
+    start, end, text = (record.get(key) for key in ("fault_start", "fault_end", "completion"))
+    if start is None or start < 0:
         return None
-    text = record["completion"]
     before, inside = (len(ids) for ids in encode(tokenizer, [text[:start], text[start:end]]))
     at = np.arange(length)
     return (at >= before) & (at < before + max(1, inside))

