@@ -579,6 +579,8 @@ def load_mtp(name, num_heads=None, add_heads=False):
         UsageError: no such model; another number of heads asked for than the files hold.
     """
     folder, states = model_dir(name), {}
+    if Path(folder).is_file():
+        raise UsageError(f"--model {name}: a file, not the folder of a model")
     config = read_config(name, folder)
     try:
         with _family_errors(config):

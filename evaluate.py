@@ -98,6 +98,8 @@ class Args:
         check_ranges(self, **dict.fromkeys(counts.split(), (1, 1e9)))
         check_ranges(self, **dict.fromkeys("seed seq_len limit workers".split(), (0, 1e18)))
         check_ranges(self, shots=(0, 3), temperature=(0, 100), top_p=(1e-6, 1), timeout=(0.1, 1e6))
+        if min(self.k, default=1) < 1:
+            raise UsageError(f"--k {min(self.k)}: at least 1")
         self.suites = list(dict.fromkeys(self.suites))
         programs = [suite for suite in self.suites if suite in PROGRAMS]
         if (self.problems or self.solutions) and len(programs) != 1:
@@ -258,6 +260,9 @@ def load_problems(suite, args):
         text = f"{type(error).__name__} {first_line(error)}; --shots 0 needs no solved tasks"
         raise UsageError(f"{flag}: lacks columns or tasks of {suite} ({text})") from error
     problems = [problem for problem in problems if problem.tests or problem.cases]
+    if suite == "mbpp" and not args.solutions:  # its test part: the others train and make prompts
+        test_part = [problem for problem in problems if problem.task_id in range(11, 511)]
+        problems = test_part or problems
     if len({str(problem.task_id) for problem in problems}) < max(1, len(problems)):
         raise UsageError(f"{flag}: nothing to score, or a task occurs twice")
     return problems
@@ -415,7 +420,7 @@ def program_suite(suite, problems, subject, fingerprint, sandbox, args, out):
 # compare or subtract follows trusted rules: a subclass of a builtin type is cut back to it, other
 # objects written in Python equal only their own type. Forgeries left: to reach nonce or tests by
 # frames, the garbage collector or ctypes; to patch a library; to put a false object into a
-# library's object; to answer where only truth is asked (`assert f(x)`).
+# library's object; to answer where nothing is compared (`assert f(x)`, len, round, an index).
 MEMORY_MIB = 1024  # address space of a program, not resident memory
 FILE_MIB = 16  # each file, standard output too, and all of /tmp
 IS_ROOT = os.geteuid() == 0
@@ -497,8 +502,11 @@ def run_inside():
     exec(compile(ast.Module(imports, []), "tests", "exec"), space)
     tree.body = [node for node in tree.body if node not in imports]
     nodes = list(ast.walk(tree))
+    excused = {id(one) for node in nodes if isinstance(node, ast.Try) for one in ast.walk(node)}
     for node in nodes:
-        if isinstance(node, ast.Compare):
+        if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in excused:
+            exec(compile(ast.Module([node], []), "tests", "exec"), dict(space))  # can it be?
+        elif isinstance(node, ast.Compare):
             if not all(isinstance(sign, ast.Is | ast.IsNot) for sign in node.ops):
                 node.left, *node.comparators = map(wrapped, (node.left, *node.comparators))
         elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
@@ -554,16 +562,8 @@ def bwrap_command(path, packages, rules, stdin):
         user = "--cap-add CAP_SETUID --cap-add CAP_SETGID"
     spaces = "--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try"
     command = f"{spaces} --cap-drop ALL {user} --die-with-parent --new-session --clearenv"
-    command = [
-        path,
-        *command.split(),
-        "--seccomp",
-        str(rules),
-        "--dir",
-        "/dev",
-        "--dir",
-        "/allowed",
-    ]
+    command = [path, *command.split(), "--seccomp", str(rules)]
+    command += "--dir /dev --dir /allowed".split()
     folders = "/usr/lib /usr/lib64 /lib /lib64 /etc/ld.so.cache".split()
     for shown in (*folders, f"{sys.base_prefix}/lib", PYTHON):
         for parent in Path(shown).parents[-2::-1]:  # on its own it would be the first user's alone
@@ -590,6 +590,8 @@ class Sandbox:
 
     def __init__(self, kind, understood=False, timeout=10.0, workers=0, allow=()):
         self.timeout, self.workers = timeout, workers or os.cpu_count()
+        # For root a user of its own for each program at once: threads are counted by user
+        self.users = list(range(65535 - self.workers, 65535))
         self.packages = packages = []
         code = f"{inspect.getsource(run_inside)}\nrun_inside()"
         self.start = f"exec({code!r}, {{'__builtins__': dict(vars(__builtins__))}})"
@@ -629,13 +631,13 @@ class Sandbox:
     def run_all(self, jobs):
         """Yield key and `Verdict` for each of `{key: (problem, source)}`.
 
-        What timed out may have suffered from the others: it runs again at the end, alone.
+        What timed out by the clock may have suffered from the others: it runs again, alone.
         """
         late = []
         with ThreadPoolExecutor(self.workers) as pool:
             verdicts = pool.map(self.run, *zip(*jobs.values()))
             for key, verdict in zip(jobs, verdicts):
-                if verdict.kind == "timed out":
+                if verdict.kind == "timed out" and "CPU" not in verdict.why:
                     late.append(key)
                 else:
                     yield key, verdict
@@ -661,11 +663,13 @@ class Sandbox:
         limits.update(RLIMIT_CPU=seconds, RLIMIT_NOFILE=64)
         if self.bwrap:
             limits["RLIMIT_NPROC"] = 64  # threads
-        user = 65534 if self.bwrap and IS_ROOT else None
+        user = self.users.pop() if self.bwrap and IS_ROOT else None
         tests = problem.tests if expected is None else None
         work = marshal.dumps((source, tests, nonce, limits, user, self.folders))
         inputs = {"work": work, "rules": self.rules, "stdin": stdin.encode(errors="replace")}
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            if user:
+                stack.callback(self.users.append, user)
             paths = {name: Path(folder, name) for name in (*inputs, "result", "stdout", "stderr")}
             files = {}
             for name, path in paths.items():
@@ -709,7 +713,8 @@ class Sandbox:
 # ----------------------------------------------------------------------------- what is evaluated
 def find_run(args):
     """Folder of the run (--run-dir, else the newest finished one in runs/) and its `args.json`."""
-    finished = [folder.parent for folder in Path("runs").glob("*/model")]
+    finished = [file.parent for file in Path("runs").glob("*/args.json")]
+    finished = [folder for folder in finished if (folder / "model").is_dir()]
     if not args.run_dir and not finished:
         raise UsageError("--run-dir: no finished run in runs/ yet; or name a checkpoint by --model")
     finished.sort(key=lambda folder: (folder / "args.json").stat().st_mtime)

@@ -49,12 +49,12 @@ def measure(size, rounds, folder):
     for number in range(rounds + 1):  # the first round is not counted
         quiet = statistics.median(update() for _ in range(5))
         began = time.perf_counter()
-        checkpoints.save(2 * number, model, optimizer, 0)
+        checkpoints.save(2 * number, model, optimizer, b"")
         checkpoints.wait()
         synchronous = time.perf_counter() - began
         update()
         began = time.perf_counter()
-        checkpoints.save(2 * number + 1, model, optimizer, 0)
+        checkpoints.save(2 * number + 1, model, optimizer, b"")
         held = time.perf_counter() - began
         meanwhile = [update()]
         while time.perf_counter() - began < synchronous:
