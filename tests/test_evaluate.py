@@ -119,6 +119,15 @@ def load_problems(suite, file, **options):
     return evaluate.load_problems(suite, args)
 
 
+def test_mbpp_asks_its_test_tasks(problems, tmp_path):
+    """Not those that --data mbpp trains on (601 and up), holds out, or shows in prompts (2 to 4)."""
+    records = [json.loads(line) for line in problems.read_text().splitlines()]
+    numbers = (2, 3, 4, 11, 510, 511, 601)
+    chosen = [{**records[0], "task_id": number} for number in numbers]
+    loaded = load_problems("mbpp", write_lines(tmp_path / "part.jsonl", chosen))
+    assert [problem.task_id for problem in loaded] == [11, 510]
+
+
 def test_mbpp_asks_as_its_paper(problems):
     prompt = load_problems("mbpp", problems)[3].prompt
     expected = ""

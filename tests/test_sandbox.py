@@ -178,6 +178,11 @@ def test_faults_of_the_tests(box):
     assert box.run(*job(forged, "import math\nassert f(1) == 2")).kind == "raised"
 
 
+def test_an_import_inside_a_function_of_the_tests_cannot_run_here(box):
+    tests = "def check(f):\n    import numpy\n    assert f(1) == 2\ncheck(f)"
+    assert box.run(*job("def f(x): return x + 1", tests)).kind == "tests cannot run"
+
+
 def test_allowed_packages(box, tmp_path, monkeypatch):
     for name in ("two", "three"):
         (tmp_path / f"{name}.py").write_text("value = 2\n")
