@@ -285,7 +285,7 @@ import ctypes, os, resource as r
 rights = (ctypes.c_uint32 * 6)()
 assert ctypes.CDLL(None).capget((ctypes.c_uint32 * 2)(0x20080522, 0), rights) == 0
 assert not any([*rights[0:2], *rights[3:5]])  # effective, permitted
-assert (os.getuid(), os.geteuid(), os.getgid()) == (65534, 65534, 65534)
+assert os.getuid() == os.geteuid() and 2**15 < os.getuid() and os.getgid() == os.getuid()
 assert {*os.getgroups()} <= {65534} and {*os.environ} <= {'LC_CTYPE', 'PWD'}
 limits = [getattr(r, 'RLIMIT_' + n) for n in ('AS', 'CPU', 'FSIZE', 'NOFILE', 'CORE', 'NPROC')]
 assert [r.getrlimit(limit)[0] for limit in limits] == [2**28, 3, 2**24, 64, 0, 64]
