@@ -16,9 +16,10 @@ import rho1_wmtp
 
 ROOT = Path(__file__).parents[1]
 CEILINGS = {"baseline_mtp.py": 250, "rho1_wmtp.py": 410, "critic_wmtp.py": 560}  # lines
-CEILINGS.update({"evaluate.py": 950, "common.py": 1300, "README.md": 250})
+CEILINGS.update(
+    {"evaluate.py": 950, "common.py": 2050, "README.md": 250}
+)  # common: 1,300 is the aim
 OTHERS = ".ci .gitignore LICENSE benchmarks pyproject.toml requirements.txt tests".split()
-TOO_LONG = {"common.py"}  # yet: 1,300
 
 
 def test_the_top_level_is_this_list():
@@ -32,7 +33,7 @@ def test_no_file_is_longer_than_its_ceiling_and_no_line_than_100_columns():
     lines = {f: f.read_text().splitlines() for f in files}
     too_long = {f.name for f in lines if len(lines[f]) > CEILINGS.get(f.name, math.inf)}
     too_wide = {f.name for f in lines if f.suffix == ".py" and max(map(len, lines[f])) > 100}
-    assert too_long <= TOO_LONG and not too_wide, (too_long, too_wide)
+    assert not too_long and not too_wide, (too_long, too_wide)
 
 
 def test_scripts_import_nothing_of_ours_but_common():
