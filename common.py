@@ -1298,9 +1298,9 @@ class Run:
         if self.args.checkpoint_dir:
             folder = f"{self.args.checkpoint_dir.rstrip('/')}/{self.folder.name}"
         folder = f"{folder}/{self.name}".rstrip("/")
-        sources = {} if self.args.accept_changed_sources else self.sources
-        identity = {**self.identity, **sources}
-        self.checkpoints = Checkpoints(folder, identity, self.args.keep_last, self.ranks)
+        identity = {**self.identity, **self.sources}
+        ignored = self.sources if self.args.accept_changed_sources else ()
+        self.checkpoints = Checkpoints(folder, identity, self.args.keep_last, self.ranks, ignored)
         self.start, metrics = self.checkpoints.load(model, optimizer)
         if self.ranks.rank == 0:  # lines after the checkpoint go: their updates are done again
             (self.folder / "metrics.jsonl").write_bytes(metrics)
@@ -1639,8 +1639,9 @@ class Checkpoints:
     data and random numbers are functions of (seed, step, rank): the step is their state.
     """
 
-    def __init__(self, folder, identity, keep_last, ranks):
+    def __init__(self, folder, identity, keep_last, ranks, ignored=()):
         self.folder, self.identity, self.keep_last = str(folder), identity, keep_last
+        self.ignored = ignored  # names in the identity that may differ on resume
         self.ranks, self.bad, self.pending = ranks, set(), None
         # A store that stalls ends a save after 8 minutes, not 20: s3fs tries five times, 15 s each,
         # so botocore need not do so inside. The environment variable FSSPEC_S3 replaces this.
@@ -1756,8 +1757,9 @@ class Checkpoints:
             except (FileNotFoundError, ValueError) as error:
                 damage = first_line(error)
             if not damage:
-                before = {key: meta["identity"].get(key) for key in self.identity}
-                if changes := differences(before, self.identity):
+                expected = {k: v for k, v in self.identity.items() if k not in self.ignored}
+                before = {key: meta["identity"].get(key) for key in expected}
+                if changes := differences(before, expected):
                     raise UsageError(f"{name} is of another run ({changes})")
                 return name, meta, self.fs.cat_file(f"{path}/metrics.jsonl")
             print(f"checkpoint {path} is bad: {damage}", flush=True)
