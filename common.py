@@ -1132,7 +1132,8 @@ def stdlib_bugs(texts):
     """Records of functions in source texts, each with a sibling that one mutation broke.
 
     Signature (`prompt`) and body (`completion`) are written by `ast.unparse`, both siblings alike:
-    nothing but the fault tells them apart. `fault_start` and `fault_end` are its characters.
+    nothing but the fault tells them apart. `fault_start` and `fault_end` hold its whole words and
+    the character after them, which shows that a word has ended.
     """
     records, seen = [], set()
     for group, text in enumerate(texts):
@@ -1153,7 +1154,11 @@ def stdlib_bugs(texts):
                 wrong = broken.partition("\n")[2]
                 start = len(os.path.commonprefix([right, wrong]))
                 rest = len(os.path.commonprefix([right[start:][::-1], wrong[start:][::-1]]))
-                fault = (start, max(start + 1, len(wrong) - rest))
+                head, tail = wrong[: len(wrong) - rest], wrong[len(wrong) - rest :]
+                start -= len(re.search(r"\w*$", wrong[:start])[0])
+                if re.search(r"\w$", head):  # a word ends with the character after it
+                    head += re.match(r"\w*\W?", tail)[0]
+                fault = (start, max(start + 1, len(head)))
                 for code, reward, span in ((right, 1.0, (-1, -1)), (wrong, 0.0, fault)):
                     record = dict(prompt=prompt + "\n", completion=code + "\n", reward=reward)
                     record.update(group=group, sibling=len(seen))
