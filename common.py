@@ -783,9 +783,11 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, ranks, score):
     correct = parts["records"]
     if has_reward:  # batches hold no row that is not imitated
         correct = correct.select(np.flatnonzero(np.array(correct["reward"][:]) > CORRECT))
-    texts = chosen[target][:]
+    heldout_documents = chosen  # the loop ends with them
+    texts = heldout_documents[target][:]
     if has_reward:
-        texts = [t for t, reward in zip(texts, chosen["reward"]) if reward > CORRECT]
+        rewards = heldout_documents["reward"]
+        texts = [text for text, reward in zip(texts, rewards) if reward > CORRECT]
     stream = np.frombuffer("".join(texts).encode("utf-8", "replace"), np.uint8)
     return Data(
         train=correct,
@@ -797,8 +799,8 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, ranks, score):
         heldout_tokens=sum(len(ids) + 1 for ids in encode(tokenizer, texts)),
         order0_bits_per_byte=float(scipy.stats.entropy(np.bincount(stream), base=2)),
         zlib_bits_per_byte=8 * len(zlib.compress(stream, 9)) / len(stream),
-        prompt=(chosen[0].get("prompt") or texts[0])[:200],
-        heldout_records=chosen.to_list() if has_reward else None,
+        prompt=(heldout_documents[0].get("prompt") or texts[0])[:200],
+        heldout_records=heldout_documents.to_list() if has_reward else None,
     )
 
 
@@ -1101,7 +1103,10 @@ def micro_batch_rows(args, ranks):
 
 
 def micro_batches(rows, args, micro_batch_size, step, num_heads, ranks):
-    """This rank's share of update `step`: the same rows in all, on any number of ranks."""
+    """This rank's share of update `step`: the same rows in all, on any number of ranks.
+
+    Where a script has `--train-on all`, wrong records are targets too.
+    """
     numbers = batch_rows(len(rows), args.batch_size, args.seed, step)
     numbers = numbers.reshape(-1, ranks.world_size, micro_batch_size)[:, ranks.rank]
     train_on = getattr(args, "train_on", "correct")
@@ -1292,7 +1297,7 @@ class Run:
         self.identity.update(fingerprints)
 
     def stage(self, name, num_steps):
-        """A stage before the main one: the same run, with steps and checkpoints of its own."""
+        """A stage before the main one, after `resume`: with steps and checkpoints of its own."""
         stage = copy.copy(self)
         stage.name, stage.num_steps = name, num_steps
         return stage
