@@ -12,11 +12,14 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import csv
 import dataclasses
 import datetime
 import functools
+import glob
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import math
@@ -38,7 +41,7 @@ import datasets
 import filelock
 import fsspec
 import numpy as np
-import scipy.stats
+import pyarrow.parquet
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -685,9 +688,16 @@ def full_state(module, ranks):
 
 
 # --------------------------------------------------------------------------------------------- data
+PARTS = ("train", "heldout")  # `part` of a document where its source has a split of its own
 PRESETS = ("stdlib", "stdlib:a", "stdlib:b", "stdlib-bugs", "mbpp")
 CORRECT = 0.5  # a record is correct if its reward is above
-FORMATS = re.compile(r"\.(json|parquet|csv)l?(\.(gz|zst|bz2|xz))?(\?.*)?$")  # all else is text
+TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+TEXTS = """.txt .md .rst .tex .py .pyi .c .h .cc .cpp .hpp .cu .cs .java .kt .scala .swift .js .ts
+    .jsx .tsx .go .rs .rb .php .pl .lua .jl .r .sh .sql .html .css .xml .yaml .yml .toml""".split()
+DOCUMENT = {  # columns of a document, and what they hold where a source does not have them
+    "prompt": "", "completion": "", "is_chat": False, "reward": math.nan, "part": "",
+    "group": "", "sibling": "", "fault_start": -1, "fault_end": -1,
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -696,7 +706,8 @@ class Data:
 
     Columns of `train` and `heldout`: `input_ids`, `document` (number of a token's document, -1
     padding), `is_target` (False in prompts and padding), `is_noise` (True where `--noise-frac` put
-    it); of records with outcomes also `reward` and `sibling` (number of their task).
+    it, and in a record's known fault); of records with outcomes also `reward` and `sibling` (number
+    of their task).
     """
 
     train: datasets.Dataset  # of records with outcomes the correct ones
@@ -707,31 +718,33 @@ class Data:
     heldout_fingerprint: str  # of the held-out text: where it is the same, bits per byte compare
     heldout_bytes: int  # UTF-8 bytes of held-out target text (with outcomes: of correct records)
     heldout_tokens: int  # tokens of the same text, end-of-sequence tokens included
-    order0_bits_per_byte: float  # entropy of the byte frequencies of that text
     zlib_bits_per_byte: float  # the same text as one stream through zlib level 9
-    prompt: str  # the beginning of a held-out document
-    heldout_records: list | None  # of data with outcomes: the record of each held-out row
 
 
 def load_data(name, tokenizer, seq_len, seed, noise_frac, ranks, score=None):
     """Read, split by document, tokenise once into a cache, and memory-map what `--data` names.
 
     Args:
-        name: a preset, a file or URL (.jsonl, .json, .parquet, .csv; anything else is text), a
-            folder of .txt, or a hub name. Columns: `text` or `content`; or `prompt`, `completion`
-            and, where it is known, `reward` from 0 to 1.
+        name: a preset, a file, a glob, a URL, a folder of texts, or a hub name. Rows of JSON, CSV
+            and Parquet have `text` or `content`; or `prompt` and `completion` (texts, or messages
+            for the tokenizer's chat template) and, where it is known, `reward` from 0 to 1.
         seed: fixes which documents are held out. `stdlib:a` and `stdlib:b` train on one half each
             of what `stdlib` trains on with seed 0, and hold out the same, whatever the seed.
         noise_frac: share of the non-blank training lines replaced by random printable characters.
         score: `score(prompts, completions)` gives the rewards `[N]` of records without one.
 
     Raises:
-        UsageError: no such data, columns missing, a bad reward, or no document left that fits.
+        UsageError: no such data, a row that cannot be used, or no document left that fits.
     """
     if not 0 <= noise_frac <= 1:
         raise UsageError(f"--noise-frac {noise_frac}: from 0 to 1")
     if seq_len < 2:
         raise UsageError(f"--seq-len {seq_len}: at least 2")
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "wmtp")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written ({error.strerror}); set HF_HOME") from None
     options = (name, tokenizer, seq_len, seed, noise_frac, ranks, score)
     with ranks.rank_0_first() as is_first:  # rank 0 fills the cache, the others then read it
         data = _load_data(*options) if is_first else None
@@ -741,66 +754,61 @@ def load_data(name, tokenizer, seq_len, seed, noise_frac, ranks, score=None):
 def _load_data(name, tokenizer, seq_len, seed, noise_frac, ranks, score):
     datasets.disable_progress_bars()
     half = name.partition("stdlib:")[2] if name in PRESETS else ""
-    documents = _read_documents("stdlib" if half else name, score)
-    target = target_column(documents)
-    has_reward = "reward" in documents.column_names
-    train_N, heldout_N = _split(documents, 0 if half else seed, name)
+    documents = _read_documents("stdlib" if half else name, tokenizer, ranks)
+    reward_N, has_outcomes = _rewards(documents, name, score)
+    train_N, heldout_N = _split(documents, has_outcomes, 0 if half else seed, name)
     if half:  # by the text, so that copies of a file fall into one half
-        side_N = np.array([zlib.crc32(t.encode("utf-8", "replace")) % 2 for t in documents["text"]])
-        train_N = train_N[side_N[train_N] == "ab".index(half)]
-    vocabulary = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id]
-    if tokenizer.is_fast:  # merges, normaliser and template make tokens too
-        pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
-        vocabulary += [pipeline[key] for key in sorted(pipeline.keys() - {"truncation", "padding"})]
-    tokenizer_fingerprint = _fingerprint(vocabulary)
-    parts, fingerprints, names = {}, [], {"records": "training", "heldout": "held-out"}
-    for part, numbers, noise in (("records", train_N, noise_frac), ("heldout", heldout_N, 0.0)):
-        chosen = documents.select(numbers)
-        digest = hashlib.sha256()
-        for text in _texts(chosen):
-            digest.update(json.dumps(text).encode())
-        fingerprints.append(digest.hexdigest())
-        made_of = ["rows 1", digest.hexdigest(), tokenizer_fingerprint, seq_len, noise]
-        made_of.append(seed if noise else 0)
-        rows = _pack(chosen, tokenizer, seq_len, noise, seed, _fingerprint(made_of))
+        sides = [zlib.crc32(t.encode("utf-8", "replace")) % 2 for t in documents["completion"]]
+        train_N = train_N[np.array(sides)[train_N] == "ab".index(half)]
+    siblings = [d["sibling"] or d["prompt"] for d in documents]
+    sibling_N = np.unique(siblings, return_inverse=True)[1]
+    tokenizer_key = _tokenizer_fingerprint(tokenizer)
+    has_rows_of_its_own = has_outcomes or any(documents["prompt"])
+
+    parts, fingerprints = {}, []
+    for part, number_N, noise in (("training", train_N, noise_frac), ("held-out", heldout_N, 0.0)):
+        chosen = documents.select(number_N)
+        fingerprints.append(_fingerprint([_texts(document) for document in chosen]))
+        made_of = [fingerprints[-1], has_rows_of_its_own, tokenizer_key, seq_len, noise]
+        key = _fingerprint(["rows 2", *made_of, seed if noise else 0])
+        rows = _pack(chosen, has_rows_of_its_own, tokenizer, seq_len, noise, seed, key)
         if len(rows) == 0:
-            reason = "no document" if len(chosen) == 0 else f"no record fits --seq-len {seq_len}"
-            raise UsageError(f"--data {name}: nothing for the {names[part]} part ({reason})")
-        if "prompt" in documents.column_names:
-            if lost := len(chosen) - len(rows):
+            reason = f"no record fits --seq-len {seq_len}" if len(number_N) else "no document"
+            raise UsageError(f"--data {name}: nothing for the {part} part ({reason})")
+        if has_rows_of_its_own:
+            if lost := len(number_N) - len(rows):
                 reason = f"longer than --seq-len {seq_len} tokens"
-                kind = f"{lost} of {len(chosen)} {names[part]} records"
-                ranks.print(f"data      left out {kind}: {reason}")
-            chosen = chosen.select(np.array(rows["document"][:]).max(1))
-        if has_reward:
-            rows = rows.add_column("reward", chosen["reward"][:])
-            rows = rows.add_column("sibling", chosen["sibling"][:])
-            if max(chosen["reward"]) <= CORRECT:
-                reward = f"no {names[part]} record has a reward above {CORRECT}"
+                ranks.print(
+                    f"data      left out {lost} of {len(number_N)} {part} records: {reason}"
+                )
+            number_N = number_N[np.array(rows["document"][:]).max(1)]
+        if has_outcomes:
+            rows = rows.add_column("reward", reward_N[number_N])
+            rows = rows.add_column("sibling", sibling_N[number_N])
+            if reward_N[number_N].max() <= CORRECT:
+                reward = f"no {part} record has a reward above {CORRECT}"
                 raise UsageError(f"--data {name}: {reward}")
-            fingerprints.append(_fingerprint(chosen["reward"][:]))
+            fingerprints.append(_fingerprint(reward_N[number_N].tolist()))
         parts[part] = rows.with_format("numpy")
-    correct = parts["records"]
-    if has_reward:  # batches hold no row that is not imitated
-        correct = correct.select(np.flatnonzero(np.array(correct["reward"][:]) > CORRECT))
-    heldout_documents = chosen  # the loop ends with them
-    texts = heldout_documents[target][:]
-    if has_reward:
-        rewards = heldout_documents["reward"]
-        texts = [text for text, reward in zip(texts, rewards) if reward > CORRECT]
-    stream = np.frombuffer("".join(texts).encode("utf-8", "replace"), np.uint8)
+
+    train, heldout = parts["training"], parts["held-out"]
+    is_target_NT = heldout[:]["is_target"]
+    if has_outcomes:  # batches hold no row that is not imitated
+        train = train.select(np.flatnonzero(train["reward"][:] > CORRECT))
+        is_target_NT = is_target_NT[reward_N[number_N] > CORRECT]
+        number_N = number_N[reward_N[number_N] > CORRECT]  # of held-out records: the last part
+    texts = documents.select(number_N)["completion"][:]
+    stream = "".join(texts).encode("utf-8", "replace")
     return Data(
-        train=correct,
-        **parts,
+        train=train,
+        records=parts["training"],
+        heldout=heldout,
         fingerprint=_fingerprint(fingerprints),
-        tokenizer_fingerprint=tokenizer_fingerprint,
+        tokenizer_fingerprint=tokenizer_key,
         heldout_fingerprint=_fingerprint(texts),
         heldout_bytes=len(stream),
-        heldout_tokens=sum(len(ids) + 1 for ids in encode(tokenizer, texts)),
-        order0_bits_per_byte=float(scipy.stats.entropy(np.bincount(stream), base=2)),
+        heldout_tokens=int(is_target_NT.sum()),
         zlib_bits_per_byte=8 * len(zlib.compress(stream, 9)) / len(stream),
-        prompt=(heldout_documents[0].get("prompt") or texts[0])[:200],
-        heldout_records=heldout_documents.to_list() if has_reward else None,
     )
 
 
@@ -808,70 +816,181 @@ def _fingerprint(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def target_column(documents):
-    return "completion" if "completion" in documents.column_names else "text"
+def _tokenizer_fingerprint(tokenizer):
+    """Hash of all that makes tokens: vocabulary, merges, normaliser, template."""
+    parts = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id]
+    if tokenizer.is_fast:
+        pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
+        parts += [pipeline[key] for key in sorted(pipeline.keys() - {"truncation", "padding"})]
+    return _fingerprint(parts)
 
 
-def _texts(documents):
-    """The text of each document, of records prompt and completion as a list."""
-    columns = [c for c in ("prompt", "completion", "text") if c in documents.column_names]
-    return list(zip(*(documents[column][:] for column in columns)))
+def _texts(document):
+    """A document as its text, or as prompt and completion."""
+    return [text for text in (document["prompt"], document["completion"]) if text]
 
 
-def _read_documents(name, score):
-    """Data of `text`, or of `prompt` and `completion`; `part` where it has a split of its own."""
-    if name == "stdlib":
-        return datasets.Dataset.from_dict({"text": stdlib_texts()})
-    if name == "stdlib-bugs":
-        texts = stdlib_texts()
-        key = _fingerprint([Path(__file__).read_text(), sys.version, texts])
-        records = functools.partial(stdlib_bugs, texts)
-        return datasets.Dataset.from_generator(records, fingerprint=key)
-    path, file_format = Path(name), FORMATS.search(name)
-    source = dict(path=name, split="train")
-    if name == "mbpp":
-        source = dict(path="google-research-datasets/mbpp", name="full", split="all")
-    elif path.is_dir() and (files := sorted(map(str, path.rglob("*.txt")))):
-        source.update(path="text", data_files=files, sample_by="document")
-    elif (path.is_file() or "://" in name) and file_format:
-        source.update(path=file_format[1], data_files=name)
-    elif path.is_file() or "://" in name:
-        source.update(path="text", data_files=name, sample_by="document")
-    elif not path.is_dir() and (file_format or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
-        raise UsageError(f"--data {name}: no such file, hub name or preset ({', '.join(PRESETS)})")
+def _read_documents(name, tokenizer, ranks):
+    """Documents of `--data` with the columns of DOCUMENT, cached under a hash of their content.
+
+    It says what was read and how many documents are empty; those are left out. A single text is cut
+    into 100 documents of one length, so that some can be held out.
+    """
+    path = Path(name).expanduser()
     try:
-        loaded = datasets.load_dataset(**source)
-    except Exception as error:  # what datasets raises has no common class
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UsageError(f"--data {name}: cannot be loaded ({reason})") from error
-    columns = set(loaded.column_names)
-    for column in {"text", "content", "prompt", "completion"} & columns:
-        is_text = loaded.features[column].dtype in ("string", "large_string")
-        if not is_text or (column == "prompt" and None in loaded["prompt"][:]):
-            raise UsageError(f"--data {name}: the column {column} holds something else than text")
-    if {"task_id", "text", "code", "test_list"} <= columns:  # MBPP: tasks 11 to 510 are its test
-        id_N = np.array(loaded["task_id"])
-        part_N = np.select([id_N >= 601, id_N >= 511], ["train", "heldout"], "test")
-        records = loaded.map(mbpp_record, remove_columns=loaded.column_names)
-        records = records.add_column("part", part_N.tolist())
-        return records.select_columns(["part", "prompt", "completion"])
-    if {"prompt", "completion"} <= columns:
-        records = loaded.filter(lambda record: bool(record["completion"]))
-        if score or "reward" in columns:
-            return _with_rewards(records, name, score)
-        return records.select_columns(["prompt", "completion"])
-    if not {"text", "content"} & columns:
-        names = ", ".join(sorted(columns))
-        raise UsageError(f"--data {name}: columns {names}; needs text, or prompt and completion")
-    texts = [text for text in loaded["text" if "text" in columns else "content"] if text]
-    if len(texts) != 1:
-        return datasets.Dataset.from_dict({"text": texts})
-    lines = texts[0].splitlines(keepends=True)  # of one long text the last 3 % of the lines
-    if len(lines) < 2:
-        raise UsageError(f"--data {name}: one line; the split needs two")
-    cut = len(lines) - max(1, round(0.03 * len(lines)))
-    texts = ["".join(lines[:cut]), "".join(lines[cut:])]
-    return datasets.Dataset.from_dict({"part": ["train", "heldout"], "text": texts})
+        if name in ("stdlib", "stdlib-bugs"):
+            texts = stdlib_texts()
+            kind, content = "source files of Python", [Path(__file__).read_text(), texts]
+            source = stdlib_bugs(texts) if name == "stdlib-bugs" else ({"text": t} for t in texts)
+            rows = enumerate(source, start=1)
+        elif name == "mbpp" or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.exists()):
+            where = dict(path=name, split="train")
+            if name == "mbpp":
+                where = dict(path="google-research-datasets/mbpp", name="full", split="all")
+            loaded = datasets.load_dataset(**where)
+            kind, content, rows = "data set", loaded._fingerprint, enumerate(loaded, start=1)
+        else:
+            files = _files(name, path, ranks)
+            kind = " and ".join(sorted({_suffix(file)[1:] for file in files}))
+            content = [[_suffix(file), _content_hash(file)] for file in files]
+            rows = (row for file in files for row in enumerate(_file_rows(file), start=1))
+
+        def documents():
+            for number, row in rows:
+                yield DOCUMENT | _document(row, f"--data {name}: row {number}", tokenizer)
+
+        types = {str: "large_string", float: "float64", int: "int64", bool: "bool"}
+        features = {c: datasets.Value(types[type(value)]) for c, value in DOCUMENT.items()}
+        key = _fingerprint(["documents 1", name, sys.version, content, tokenizer.chat_template])
+        options = dict(features=datasets.Features(features), fingerprint=key)
+        loaded = datasets.Dataset.from_generator(documents, **options)
+    except UsageError:
+        raise
+    except Exception as error:  # what readers and stores raise has no common class
+        cause = error.__cause__ or error
+        if isinstance(cause, UsageError):
+            raise cause from None
+        reason = f"cannot be read ({type(cause).__name__}: {first_line(cause)})"
+        raise UsageError(f"--data {name}: {reason}") from error
+
+    kept_N = np.flatnonzero([len(text) > 0 for text in loaded["completion"]])
+    if len(kept_N) == 0:
+        raise UsageError(f"--data {name}: all of its {len(loaded)} documents are empty")
+    first, num_empty = loaded[int(kept_N[0])], len(loaded) - len(kept_N)
+    start = repr("".join(_texts(first))[:60])  # no control characters for the terminal
+    empty = f", {num_empty:,} empty ones left out" if num_empty else ""
+    ranks.print(f"data      read as {kind}: {len(kept_N):,} document(s){empty}; the first: {start}")
+    if len(kept_N) > 1 or first["prompt"]:
+        return loaded.select(kept_N)
+    text, cuts = first["completion"], np.linspace(0, len(first["completion"]), 101).astype(int)
+    pieces = [text[a:b] for a, b in itertools.pairwise(cuts) if a < b]
+    return datasets.Dataset.from_list([{**first, "completion": piece} for piece in pieces])
+
+
+def _suffix(file):
+    """`.jsonl` of `A.JSONL.gz?x`: the last suffix that is no compression, in lower case."""
+    suffixes = Path(str(file).partition("?")[0].lower()).suffixes
+    compressed = {".gz", ".bz2", ".xz", ".zst"}
+    return ([""] + [suffix for suffix in suffixes if suffix not in compressed])[-1]
+
+
+def _files(name, path, ranks):
+    """The files that `--data` names, in order; of a folder all texts in it."""
+    files = sorted(map(Path, glob.glob(str(path))))
+    if "://" in name:
+        files = [name]
+    elif path.is_dir():
+        inside = sorted(file for file in path.rglob("*") if file.is_file())
+        files = [file for file in inside if _suffix(file) in TEXTS]
+        if len(files) < len(inside):
+            ranks.print(f"data      {len(inside) - len(files)} files of {path} left out: no texts")
+    if not files:
+        raise UsageError(f"--data {name}: no such file, hub name or preset ({', '.join(PRESETS)})")
+    for file in files:
+        if _suffix(file) not in {*TABLES, *TEXTS}:
+            known = f"{' '.join(TABLES)}, or a text such as .txt"
+            raise UsageError(f"--data {file}: unknown kind of file; {known}")
+    return files
+
+
+def _content_hash(file):
+    """SHA-256 of a local file; of a remote one what its store says of it (ETag, size, time)."""
+    if "://" in str(file):
+        store, path = url_to_fs(file)
+        return store.ukey(path)
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _file_rows(file):
+    """The rows of a file, each with its columns. A text is one row; a cell of CSV is text."""
+    suffix, rows = _suffix(file), []
+    if suffix == ".parquet":
+        with fsspec.open(str(file), "rb") as stream:
+            return pyarrow.parquet.read_table(stream).to_pylist()
+    options = dict(encoding="utf-8-sig", newline="", compression="infer")
+    with fsspec.open(str(file), "rt", **options) as stream:
+        if suffix in (".csv", ".tsv"):
+            csv.field_size_limit(2**31 - 1)
+            delimiter = "," if suffix == ".csv" else "\t"
+            return list(csv.DictReader(stream, delimiter=delimiter, strict=True))
+        content = stream.read()
+    if suffix not in TABLES:
+        return [{"text": content}]
+    if content.startswith("["):
+        return json.loads(content)
+    for number, line in enumerate(content.split("\n"), start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise UsageError(f"--data {file}: line {number} is not JSON ({error})") from None
+    return rows
+
+
+def _document(row, place, tokenizer):
+    """A row as a document, with those columns of DOCUMENT that it has; `place` is for messages."""
+    names = sorted(map(str, row)) if isinstance(row, dict) else [type(row).__name__]
+    if {"task_id", "text", "code", "test_list"} <= set(names):
+        return mbpp_record(row)
+    layouts = [("prompt", "completion"), ("text",), ("content",)]
+    layout = next((columns for columns in layouts if set(columns) <= set(names)), None)
+    if layout is None or "None" in names:  # csv: None holds the cells that have no column
+        columns = f"columns {', '.join(names)}"
+        raise UsageError(f"{place}: {columns}; needs text, or prompt and completion")
+    values = [row[column] for column in layout]
+    document = {"is_chat": len(values) == 2 and isinstance(values[0], list)}
+    if document["is_chat"]:
+        values = _chat_texts(*values, place, tokenizer)
+    for column, value in zip(layout, values):
+        if not isinstance(value, str | None):
+            held = f"holds {type(value).__name__} {repr(value)[:40]}, not text"
+            raise UsageError(f"{place}: the column {column} {held}")
+    *prompt, document["completion"] = [value or "" for value in values]
+    document["prompt"] = "".join(prompt)
+    for column in ("group", "sibling", "fault_start", "fault_end"):
+        if row.get(column) is not None:
+            document[column] = type(DOCUMENT[column])(row[column])
+    if row.get("reward") not in (None, ""):
+        try:
+            document["reward"] = float(row["reward"])
+        except (TypeError, ValueError):
+            document["reward"] = math.inf
+        if not 0 <= document["reward"] <= 1:
+            reward = repr(row["reward"])[:40]
+            raise UsageError(f"{place}: the reward {reward} is no number from 0 to 1")
+    return document
+
+
+def _chat_texts(prompt, completion, place, tokenizer):
+    """Prompt and completion, two lists of messages, as texts of the tokenizer's chat template."""
+    if not tokenizer.chat_template:
+        raise UsageError(f"{place}: holds messages; the tokenizer of --model has no chat template")
+    write = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    start, whole = write(prompt, add_generation_prompt=True), write([*prompt, *completion])
+    if not whole.startswith(start):
+        raise UsageError(f"{place}: the chat template changes the prompt when an answer follows")
+    answer = whole[len(start) :].rstrip("\n")
+    return start, answer.removesuffix(tokenizer.eos_token)  # every document gets one EOS
 
 
 def stdlib_texts():
@@ -889,59 +1008,54 @@ def stdlib_texts():
 
 
 def mbpp_record(record):
-    """The prompt of the MBPP paper (2108.07732): its tests name the function, its text does not."""
-    tests = "\n".join(record["test_list"])
+    """A task of MBPP with the prompt of its paper (2108.07732): the tests name the function.
+
+    Tasks 601 on are for training, 511 to 600 are held out, 11 to 510 are the test.
+    """
+    tests, number = "\n".join(record["test_list"]), record["task_id"]
     task = f"You are an expert Python programmer, and here is your task: {record['text']}"
     prompt = f"{task} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
     completion = re.sub("\r\n?", "\n", record["code"]).strip("\n") + "\n"
-    return {"prompt": re.sub("\r\n?", "\n", prompt), "completion": completion}
+    part = PARTS[0] if number >= 601 else PARTS[1] if number >= 511 else "test"
+    return {"prompt": re.sub("\r\n?", "\n", prompt), "completion": completion, "part": part}
 
 
-def _with_rewards(records, name, score):
-    """Records with outcomes; those of one prompt are siblings and stay on one side of the split."""
-    prompts, completions = records["prompt"][:], records["completion"][:]
-    rewards = [None] * len(records)
-    if "reward" in records.column_names:
-        rewards = records["reward"][:]
-    try:
-        reward_N = np.array([np.nan if r is None else float(r) for r in rewards])
-    except (TypeError, ValueError):
-        raise UsageError(f"--data {name}: reward holds something else than numbers") from None
-    lacking = np.flatnonzero(np.isnan(reward_N))
-    if len(lacking) and score:
-        reward_N[lacking] = score([prompts[n] for n in lacking], [completions[n] for n in lacking])
-    for number in np.flatnonzero(~((reward_N >= 0) & (reward_N <= 1)))[:1]:
-        reward = f"the reward {reward_N[number]:g}; from 0 to 1 (--reward-model adds missing ones)"
-        raise UsageError(f"--data {name}: record {number + 1} has {reward}")
-    sibling_N = np.unique(prompts, return_inverse=True)[1].tolist()
-    table = dict(prompt=prompts, reward=reward_N.tolist(), group=sibling_N, sibling=sibling_N)
-    for column in ("group", "sibling", "fault_start", "fault_end"):
-        if {"group", "sibling"} <= set(records.column_names) and column in records.column_names:
-            table[column] = records[column][:]
-    return datasets.Dataset.from_dict({**table, "completion": completions})
+def _rewards(documents, name, score):
+    """Rewards `[N]`, and whether there are outcomes at all; `score` gives the missing ones."""
+    reward_N = np.array(documents["reward"][:])
+    lacking_N = np.flatnonzero(np.isnan(reward_N))
+    has_outcomes = score is not None or len(lacking_N) < len(reward_N)
+    if has_outcomes and len(lacking_N):
+        if score is None:
+            number = f"{len(lacking_N)} of {len(reward_N)} documents have no reward"
+            raise UsageError(f"--data {name}: {number}; --reward-model scores them")
+        lacking = documents.select(lacking_N)
+        reward_N[lacking_N] = score(lacking["prompt"][:], lacking["completion"][:])
+    return reward_N, has_outcomes
 
 
-def _split(documents, seed, name):
+def _split(documents, has_outcomes, seed, name):
     """Numbers of the documents to train on and of those held out, two arrays.
 
-    Groups (a text and its copies, or the records of one group) are held out in the order of a hash
+    Groups (a text and its copies, or the records of one prompt) are held out in the order of a hash
     of (seed, text) until 3 % of the bytes (10 % of records with outcomes; at most 4 MB) are
     reached. The group that reaches them is held out too, which favours no length.
     """
-    if "part" in documents.column_names:
-        part_N = np.array(documents["part"])
-        return np.flatnonzero(part_N == "train"), np.flatnonzero(part_N == "heldout")
-    has_group = "group" in documents.column_names
-    hashes = [_fingerprint([seed, text]) for text in _texts(documents)]
-    groups = documents["group"][:] if has_group else hashes
+    part_N = np.array(documents["part"][:])
+    if part_N.any():
+        return tuple(np.flatnonzero(part_N == part) for part in PARTS)
+    hashes = [_fingerprint([seed, _texts(document)]) for document in documents]
+    groups = hashes
+    if has_outcomes:
+        groups = [d["group"] or d["prompt"] for d in documents]
     size, first_hash = collections.Counter(), {}
-    for group, text_hash, text in zip(groups, hashes, documents[target_column(documents)]):
+    for group, text_hash, text in zip(groups, hashes, documents["completion"]):
         size[group] += len(text.encode("utf-8", "replace"))
         first_hash[group] = min(text_hash, first_hash.get(group, text_hash))
     if len(size) < 2:
-        kind = "prompt or group" if has_group else "text"
+        kind = "prompt or group" if has_outcomes else "text"
         raise UsageError(f"--data {name}: holds {len(size)} {kind}(s); the split needs at least 2")
-    budget = min(4_000_000, (0.1 if has_group else 0.03) * size.total())
+    budget = min(4_000_000, (0.1 if has_outcomes else 0.03) * size.total())
     heldout, num_bytes = set(), 0
     for group in sorted(size, key=first_hash.get)[:-1]:
         if num_bytes < budget:
@@ -951,77 +1065,114 @@ def _split(documents, seed, name):
     return np.flatnonzero(~is_heldout_N), np.flatnonzero(is_heldout_N)
 
 
-def _pack(documents, tokenizer, seq_len, noise_frac, seed, key):
+def _pack(documents, has_rows_of_its_own, tokenizer, seq_len, noise_frac, seed, key):
     """Rows of the documents, built once, kept under `key` and memory-mapped.
 
     Texts stand one after the other, each ended by EOS, the last row padded; a record has a row of
-    its own, padded, and is left out if it does not fit.
+    its own, padded, and is left out if it does not fit. Prompt and completion are encoded together;
+    a token on their border is a target.
     """
-    has_prompt, eos = "prompt" in documents.column_names, tokenizer.eos_token_id
+    columns = dict(input_ids="int32", document="int32", is_target="bool", is_noise="bool")
+    eos, is_chat = tokenizer.eos_token_id, documents[0]["is_chat"] if len(documents) else False
+    prefix = [] if is_chat else special_prefix(tokenizer)
     padding_41 = np.array([[tokenizer.pad_token_id or 0], [-1], [0], [0]], np.int32)
-    template = encode(tokenizer, [""], not has_prompt)[0]
-    before_text = template[template != eos]  # a BOS, where the tokenizer adds one
     rest_4N = np.zeros((4, 0), np.int32)  # tokens that fill no row yet
+    num_straddling = 0
 
     def padded(tokens_4N):
         missing = -tokens_4N.shape[1] % seq_len
         return np.concatenate([tokens_4N, padding_41.repeat(missing, 1)], 1)
 
+    def tokens_of(document, number, pieces, encoded):
+        nonlocal num_straddling
+        starts = np.cumsum([0, *(len(text) for text, _ in pieces)])
+        ids_N = np.concatenate([ids_N for ids_N, _ in encoded])
+        spans = [span_2N + start for start, (_, span_2N) in zip(starts, encoded)]
+        begin_N, end_N = np.concatenate(spans, 1)
+        noise = [np.full(len(ids_N), noise) for (_, noise), (ids_N, _) in zip(pieces, encoded)]
+        border = len(document["prompt"])
+        fault_start, fault_end = document["fault_start"] + border, document["fault_end"] + border
+        is_fault_N = (end_N > fault_start) & (begin_N < fault_end) & (fault_start >= border)
+        is_target_N = (end_N > border) | (border == 0)
+        num_straddling += bool((is_target_N & (begin_N < border)).any())
+        tokens_4N = np.zeros((4, len(prefix) + len(ids_N) + 1), np.int32)
+        tokens_4N[0] = [*prefix, *ids_N, eos]
+        tokens_4N[1] = number
+        tokens_4N[2, len(prefix) :] = np.append(is_target_N, True)
+        tokens_4N[3, len(prefix) : -1] = np.concatenate(noise) | is_fault_N
+        return tokens_4N
+
     def rows_of(batch, numbers):
         nonlocal rest_4N
-        texts = batch[target_column(documents)]
-        prompts = encode(tokenizer, batch["prompt"], True) if has_prompt else [[]] * len(texts)
-        encoded, pieces = encode(tokenizer, texts, not has_prompt), [rest_4N]
-        for number, prompt, ids, text in zip(numbers, prompts, encoded, texts):
-            noise = np.zeros(len(ids))
-            if noise_frac:
-                ids, noise = _noisy(text, noise_frac, (seed, number), tokenizer)
-                ids = np.append(before_text, ids)
-                noise = np.append(np.zeros(len(before_text)), noise)
-            if list(prompt[-1:]) == [eos]:  # some templates end a prompt
-                prompt = prompt[:-1]
-            if list(ids[-1:]) != [eos]:
-                ids, noise = np.append(ids, eos), np.append(noise, 0)
-            tokens_4N = np.zeros((4, len(prompt) + len(ids)), np.int32)
-            tokens_4N[0] = np.concatenate([prompt, ids])
-            tokens_4N[1] = number
-            tokens_4N[2, len(prompt) :] = 1
-            tokens_4N[3, len(prompt) :] = noise
-            if not has_prompt:
-                pieces.append(tokens_4N)
+        chosen = [dict(zip(batch, values)) for values in zip(*batch.values())]
+        pieces = [_pieces(d, noise_frac, (seed, number)) for d, number in zip(chosen, numbers)]
+        texts = [text for own in pieces for text, _ in own]
+        encoded, tokens = iter(encode_spans(tokenizer, texts, is_chat)), [rest_4N]
+        for document, number, own in zip(chosen, numbers, pieces):
+            tokens_4N = tokens_of(document, number, own, [next(encoded) for _ in own])
+            if not has_rows_of_its_own:
+                tokens.append(tokens_4N)
             elif tokens_4N.shape[1] <= seq_len:
-                pieces.append(padded(tokens_4N))
-        tokens_4N = np.concatenate(pieces, 1)
+                tokens.append(padded(tokens_4N))
+        tokens_4N = np.concatenate(tokens, 1)
         if numbers[-1] == len(documents) - 1:
             tokens_4N = padded(tokens_4N)
+            if num_straddling:
+                number = f"{num_straddling} of {len(documents)} completions"
+                print(f"data      {number} begin inside a token of the prompt; it is a target")
         whole = tokens_4N.shape[1] // seq_len * seq_len
         rest_4N = tokens_4N[:, whole:]
-        return dict(zip(types, tokens_4N[:, :whole].reshape(4, -1, seq_len)))
+        return dict(zip(columns, tokens_4N[:, :whole].reshape(4, -1, seq_len)))
 
-    types = dict(input_ids="int32", document="int32", is_target="bool", is_noise="bool")
-    features = {c: datasets.List(datasets.Value(t), length=seq_len) for c, t in types.items()}
-    folder = Path(datasets.config.HF_DATASETS_CACHE, "wmtp")
-    folder.mkdir(parents=True, exist_ok=True)
+    features = {c: datasets.List(datasets.Value(t), length=seq_len) for c, t in columns.items()}
+    file = Path(datasets.config.HF_DATASETS_CACHE, "wmtp", f"rows-{key}.arrow")
     options = dict(with_indices=True, batched=True, batch_size=256, new_fingerprint=key)
     options.update(features=datasets.Features(features), remove_columns=documents.column_names)
-    return documents.map(rows_of, cache_file_name=f"{folder}/rows-{key}.arrow", **options)
+    return documents.map(rows_of, cache_file_name=str(file), **options)
+
+
+def special_prefix(tokenizer):
+    """Ids that the tokenizer puts before a text, such as a BOS."""
+    return [i for i in tokenizer("")["input_ids"] if i != tokenizer.eos_token_id]
 
 
 def encode(tokenizer, texts, special_tokens=False):
-    """Token ids of each text, int32; with `special_tokens` those of the template too."""
-    if isinstance(tokenizer, transformers.ByT5Tokenizer):  # without its slow loop over characters
-        bytes_ = [np.frombuffer(text.encode("utf-8", "replace"), np.uint8) for text in texts]
-        return [byte_N + np.int32(tokenizer.offset) for byte_N in bytes_]
-    ids = tokenizer(texts, add_special_tokens=special_tokens)["input_ids"]
-    return [np.array(ids_N, np.int32) for ids_N in ids]
+    """Token ids of each text, int32; with `special_tokens` a BOS first, where there is one."""
+    prefix = np.array(special_prefix(tokenizer) if special_tokens else [], np.int32)
+    return [np.append(prefix, ids_N) for ids_N, _ in encode_spans(tokenizer, texts)]
 
 
-def _noisy(text, noise_frac, key, tokenizer):
-    """Tokens of the text with that share of its non-blank lines replaced, and flags of the noise.
+def encode_spans(tokenizer, texts, is_chat=False):
+    """Of each text its token ids, `[N]` int32, and where each token begins and ends, `[2, N]`.
 
-    No token crosses the border of a noisy line: what lies between two of them is encoded by itself.
+    Ends count characters. Markup in a text is text: only that of a chat template is special.
     """
-    random, pieces = np.random.default_rng(key), [["", False]]
+    if isinstance(tokenizer, transformers.ByT5Tokenizer):  # without its slow loop over characters
+        encoded = []
+        for text in texts:
+            byte_N = np.frombuffer(text.encode("utf-8", "replace"), np.uint8)
+            end_N = np.cumsum(byte_N & 0xC0 != 0x80)  # a character begins with any other byte
+            encoded.append((byte_N + np.int32(tokenizer.offset), np.stack([end_N - 1, end_N])))
+        return encoded
+    if not tokenizer.is_fast:
+        kind = type(tokenizer).__name__
+        raise UsageError(f"--model: its tokenizer, {kind}, gives no offsets; a fast one is needed")
+    options = dict(add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(list(texts), split_special_tokens=not is_chat, **options)
+    pairs = zip(encoded["input_ids"], encoded["offset_mapping"])
+    return [(np.array(i, np.int32), np.array(s, np.int64).reshape(-1, 2).T) for i, s in pairs]
+
+
+def _pieces(document, noise_frac, key):
+    """The document's text in pieces, each with a flag of noise.
+
+    That share of the completion's non-blank lines is noise. No token crosses the border of a noisy
+    line: what lies between two of them is encoded by itself.
+    """
+    prompt, text = document["prompt"], document["completion"]
+    if not noise_frac:
+        return [(prompt + text, False)]
+    random, pieces = np.random.default_rng(key), [[prompt, False]]
     for line in text.splitlines(keepends=True):
         body = line.rstrip("\r\n")
         if body.strip() and random.random() < noise_frac:
@@ -1029,9 +1180,7 @@ def _noisy(text, noise_frac, key, tokenizer):
             pieces += [[noise, True], [line[len(body) :], False]]
         else:
             pieces[-1][0] += line
-    ids = encode(tokenizer, [piece for piece, _ in pieces])
-    flags = [np.full(len(ids_N), is_noise) for ids_N, (_, is_noise) in zip(ids, pieces)]
-    return np.concatenate(ids), np.concatenate(flags)
+    return pieces
 
 
 @functools.lru_cache(maxsize=2)
@@ -1052,25 +1201,31 @@ class Batch:
     rows_B: np.ndarray  # which rows of the data set
     x_BT: torch.Tensor  # tokens
     targets_KBT: torch.Tensor  # the token k places on, or IGNORE
-    is_noise_BT: torch.Tensor  # True for tokens that `--noise-frac` put in
+    is_noise_BT: torch.Tensor  # True for noise (--noise-frac) and for a record's known fault
     completion_BT: torch.Tensor = None  # True for tokens that are no prompt and no padding
     reward_B: torch.Tensor = None  # outcome, 0 to 1; 1 where the data has none
 
 
-def load_batch(rows, numbers, num_heads, device, train_on="correct"):
+def load_batch(rows, numbers, num_heads, device):
     """The rows of these numbers as a `Batch`, with targets for heads 1..num_heads.
 
     Numbers below 0 give rows without targets. So do records that are not correct by their outcome,
-    unless `train_on` is "all".
+    unless the rows have a column `is_imitated` that says otherwise.
     """
     columns = rows[np.maximum(numbers, 0)]
     x_BT, document_BT = columns["input_ids"].astype(np.int64), columns["document"]
     completion_BT = columns["is_target"] & (numbers >= 0)[:, None]
     reward_B = columns.get("reward", np.ones(len(numbers))).astype(np.float32)
-    is_imitated_B = (reward_B > CORRECT) | (train_on == "all")
+    is_imitated_B = columns.get("is_imitated", reward_B > CORRECT)
     targets_KBT = make_targets(x_BT, document_BT, completion_BT & is_imitated_B[:, None], num_heads)
     arrays = (x_BT, targets_KBT, columns["is_noise"], completion_BT, reward_B)
     return Batch(numbers, *(torch.from_numpy(a).to(device) for a in arrays))
+
+
+def imitate_all(rows):
+    """The rows with a column that makes wrong records targets too."""
+    everything = np.ones(len(rows), bool)
+    return rows.add_column("is_imitated", everything).with_format("numpy")
 
 
 def make_targets(x_BT, document_BT, is_target_BT, num_heads):
@@ -1103,14 +1258,10 @@ def micro_batch_rows(args, ranks):
 
 
 def micro_batches(rows, args, micro_batch_size, step, num_heads, ranks):
-    """This rank's share of update `step`: the same rows in all, on any number of ranks.
-
-    Where a script has `--train-on all`, wrong records are targets too.
-    """
+    """This rank's share of update `step`: the same rows in all, on any number of ranks."""
     numbers = batch_rows(len(rows), args.batch_size, args.seed, step)
     numbers = numbers.reshape(-1, ranks.world_size, micro_batch_size)[:, ranks.rank]
-    train_on = getattr(args, "train_on", "correct")
-    return [load_batch(rows, part, num_heads, ranks.device, train_on) for part in numbers]
+    return [load_batch(rows, part, num_heads, ranks.device) for part in numbers]
 
 
 def count_targets(batches):
@@ -1134,41 +1285,43 @@ for _pair in "Add Sub,Mult Div,Lt Gt,LtE GtE,Eq NotEq".split(","):
 
 
 def stdlib_bugs(texts):
-    """Records of functions in source texts, each with a sibling that one mutation broke.
+    """Yield records of functions in source texts, each with a sibling that one mutation broke.
 
     Signature (`prompt`) and body (`completion`) are written by `ast.unparse`, both siblings alike:
     nothing but the fault tells them apart. `fault_start` and `fault_end` hold its whole words and
     the character after them, which shows that a word has ended.
     """
-    records, seen = [], set()
+    seen = set()
     for group, text in enumerate(texts):
-        with contextlib.suppress(SyntaxError, ValueError):
-            for function in ast.walk(ast.parse(text)):
-                if not isinstance(function, ast.FunctionDef):
-                    continue
-                function.decorator_list = []
-                if ast.get_docstring(function, clean=False) is not None:
-                    function.body = function.body[1:]
-                original = ast.unparse(function) if function.body else ""
-                if not 0 < len(original) <= 300 or original in seen:
-                    continue
-                seen.add(original)
-                if (broken := _mutant(function, random.Random(original))) is None:
-                    continue
-                prompt, _, right = original.partition("\n")
-                wrong = broken.partition("\n")[2]
-                start = len(os.path.commonprefix([right, wrong]))
-                rest = len(os.path.commonprefix([right[start:][::-1], wrong[start:][::-1]]))
-                head, tail = wrong[: len(wrong) - rest], wrong[len(wrong) - rest :]
-                start -= len(re.search(r"\w*$", wrong[:start])[0])
-                if re.search(r"\w$", head):  # a word ends with the character after it
-                    head += re.match(r"\w*\W?", tail)[0]
-                fault = (start, max(start + 1, len(head)))
-                for code, reward, span in ((right, 1.0, (-1, -1)), (wrong, 0.0, fault)):
-                    record = dict(prompt=prompt + "\n", completion=code + "\n", reward=reward)
-                    record.update(group=group, sibling=len(seen))
-                    records.append({**record, "fault_start": span[0], "fault_end": span[1]})
-    return records
+        try:
+            nodes = list(ast.walk(ast.parse(text)))
+        except (SyntaxError, ValueError):
+            continue
+        for function in nodes:
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            function.decorator_list = []
+            if ast.get_docstring(function, clean=False) is not None:
+                function.body = function.body[1:]
+            original = ast.unparse(function) if function.body else ""
+            if not 0 < len(original) <= 300 or original in seen:
+                continue
+            seen.add(original)
+            broken = _mutant(function, random.Random(original))
+            if broken is None:
+                continue
+            prompt, _, right = original.partition("\n")
+            wrong = broken.partition("\n")[2]
+            start = len(os.path.commonprefix([right, wrong]))
+            rest = len(os.path.commonprefix([right[start:][::-1], wrong[start:][::-1]]))
+            end = len(wrong) - rest
+            start -= len(re.search(r"\w*$", wrong[:start])[0])
+            if re.search(r"\w$", wrong[:end]):  # a word ends with the character after it
+                end += len(re.match(r"\w*\W?", wrong[end:])[0])
+            common = dict(prompt=prompt + "\n", group=group, sibling=len(seen))
+            yield {**common, "completion": right + "\n", "reward": 1.0}
+            fault = dict(fault_start=start, fault_end=max(start + 1, end))
+            yield {**common, "completion": wrong + "\n", "reward": 0.0, **fault}
 
 
 def _mutant(function, choose):
@@ -1410,12 +1563,7 @@ class Run:
             print(f"          {k:>4} {loss:>13.4f} {accuracy:>9.3f}")
         bits, zlib_bits = heldout["eval/bits_per_byte"], data.zlib_bits_per_byte
         print(f"          {bits:.3f} bits per byte of {data.heldout_bytes:,} held-out bytes")
-        print(f"          zlib -9: {zlib_bits:.3f}; order 0: {data.order0_bits_per_byte:.3f}")
-        if self.ranks.world_size == 1:  # how head 1 goes on, greedily
-            ids = encode(tokenizer, [data.prompt])[0].tolist()[-max(1, self.args.seq_len // 2) :]
-            length = min(128, self.args.seq_len - len(ids))
-            tokens = generate(model.eval(), [ids], length, tokenizer.eos_token_id).tokens[0]
-            print(f"\n{tokenizer.decode(ids)}|{tokenizer.decode(tokens)}")
+        print(f"          zlib -9: {zlib_bits:.3f}")
         print(f"\nwritten   {self.folder}/  args.json metrics.jsonl checkpoints/ model/")
         print(f"look      {address or 'no tracker; see metrics.jsonl'}")
         print(f"next      python evaluate.py --run-dir {shlex.quote(str(self.folder))}", flush=True)

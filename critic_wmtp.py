@@ -49,10 +49,10 @@ from sklearn.metrics import roc_auc_score
 
 from common import CORRECT, IGNORE, Run, Sums, UsageError, active_heads, batch_rows, bounded_softmax
 from common import build_model, check_ranges, clip_gradients, control_weights, count_targets
-from common import describe, encode, evaluate_heldout, first_line, full_state, heldout_batches
-from common import learning_rate, load_batch, load_data, make_optimizer, micro_batch_rows
-from common import micro_batches, run_script, set_gradient_sync, setup_ranks, sha256, shard
-from common import weights_of_targets
+from common import describe, evaluate_heldout, first_line, full_state, heldout_batches
+from common import imitate_all, learning_rate, load_batch, load_data, make_optimizer
+from common import micro_batch_rows, micro_batches, run_script, set_gradient_sync, setup_ranks
+from common import sha256, shard, weights_of_targets
 
 # Shapes: B sequences, T positions, K heads, D width, R ranks, N targets of all ranks, or rows.
 
@@ -296,7 +296,7 @@ class Critic(nn.Module):
 
 
 # --------------------------------------------------------------------------------------- stage 1
-def train_value(critic, optimizer, data, tokenizer, run, micro_batch_size, args, ranks):
+def train_value(critic, optimizer, data, run, micro_batch_size, args, ranks):
     """Train V, with steps and checkpoints of its own, then judge it on the held-out rows."""
     run = run.stage("value", 0 if args.value_head or args.lambda_ == 1 else args.value_steps)
     plan = replace(args, max_steps=max(1, run.num_steps), lr=args.value_lr or args.lr)
@@ -338,7 +338,7 @@ def train_value(critic, optimizer, data, tokenizer, run, micro_batch_size, args,
         run.log(step + 1, metrics)
     run.checkpoints.wait()
     if run.num_steps or args.value_head:
-        run.log(step, judge_value(critic, data, tokenizer, micro_batch_size, "value", ranks))
+        run.log(step, judge_value(critic, data, micro_batch_size, "value", ranks))
         critic.save(run.folder / "value_head.safetensors")
 
 
@@ -365,13 +365,17 @@ def load_records(args, tokenizer, ranks):
     score = functools.partial(reward_scores, args.reward_model, ranks.device)
     sizes = (args.seq_len, args.seed, args.noise_frac)
     data = load_data(args.data, tokenizer, *sizes, ranks, score if args.reward_model else None)
-    parts = [] if data.heldout_records is None else [data.records, data.heldout]
-    outcomes = [{reward > CORRECT for reward in rows["reward"][:].tolist()} for rows in parts]
+    outcomes = []
+    if "reward" in data.records.column_names:
+        rewards = [rows["reward"][:] for rows in (data.records, data.heldout)]
+        outcomes = [set((reward_N > CORRECT).tolist()) for reward_N in rewards]
     if not outcomes or min(map(len, outcomes)) < 2:
         needed = "right and wrong records: a column reward (0 to 1), or a --reward-model"
         raise UsageError(f"--data {args.data}: V needs {needed}")
     if args.trains_value or args.train_on == "all":  # wrong records train V, or all are imitated
         data.train = data.records
+    if args.train_on == "all":
+        data.train = imitate_all(data.train)
     return data
 
 
@@ -404,7 +408,7 @@ def reward_scores(name, device, prompts, completions):
 
 # ------------------------------------------------------------------------------------- judgement
 @torch.no_grad()
-def judge_value(critic, data, tokenizer, micro_batch_size, name, ranks):
+def judge_value(critic, data, micro_batch_size, name, ranks):
     """`judge` on all held-out rows, printed and returned as `<name>/..`."""
     critic.eval()
     values = []
@@ -412,14 +416,14 @@ def judge_value(critic, data, tokenizer, micro_batch_size, name, ranks):
         value_BT = critic.logits(batch, run_policy=True).sigmoid()
         values.append(ranks.gather(value_BT).flatten(0, 1).cpu())
     critic.train()
-    figures = judge(torch.cat(values)[: len(data.heldout)].double().numpy(), data, tokenizer)
+    figures = judge(torch.cat(values)[: len(data.heldout)].double().numpy(), data)
     ranks.print("value     held-out: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
     if not figures["auc"] > max(0.5, figures["auc_position"]):
         ranks.print("warning   V tells the outcome no better than the position: weights are noise")
     return {f"{name}/{key}": figure for key, figure in figures.items()}
 
 
-def judge(value_NT, data, tokenizer):
+def judge(value_NT, data):
     """How well V of the prefixes of held-out rows, `[N, T]`, tells their outcome.
 
     `auc`: of V after the last token; `auc_position`: of the length, up or down. `pairs`: share of
@@ -444,8 +448,8 @@ def judge(value_NT, data, tokenizer):
     hits, chances = [], []
     for row in np.flatnonzero(~is_correct_N):
         positions = np.flatnonzero(is_target_NT[row])
-        is_fault = fault_tokens(data.heldout_records[row], tokenizer, len(positions))
-        if is_fault is not None:
+        is_fault = columns["is_noise"][row, positions]
+        if is_fault.any():
             drop = value_NT[row, positions] - value_NT[row, positions - 1]
             drop[positions == 0] = np.inf  # nothing stands before it
             hits.append(is_fault[drop.argmin()])
@@ -456,20 +460,10 @@ def judge(value_NT, data, tokenizer):
     return figures
 
 
-def fault_tokens(record, tokenizer, length):
-    """Which of the `length` tokens of a completion lie in its fault; None if it is not known."""
-    start, end, text = (record.get(key) for key in ("fault_start", "fault_end", "completion"))
-    if start is None or start < 0:
-        return None
-    before, inside = (len(ids) for ids in encode(tokenizer, [text[:start], text[start:end]]))
-    at = np.arange(length)
-    return (at >= before) & (at < before + max(1, inside))
-
-
-def finish_value(critic, run, step, data, tokenizer, micro_batch_size, ranks):
+def finish_value(critic, run, step, data, micro_batch_size, ranks):
     """Judge and save V where stage 2 has trained it further."""
     if critic.value_coef > 0:
-        run.log(step, judge_value(critic, data, tokenizer, micro_batch_size, "value_end", ranks))
+        run.log(step, judge_value(critic, data, micro_batch_size, "value_end", ranks))
         critic.save(run.folder / "value_head.safetensors")
 
 
@@ -497,7 +491,7 @@ def main(args):
     # Loop: save, evaluate, update. It comes round once more than there are updates
     start = run.resume(model=critic, optimizer=optimizer)
     if start == 0:  # ALGO LOGIC: stage 1
-        train_value(critic, optimizer, data, tokenizer, run, micro_batch_size, args, ranks)
+        train_value(critic, optimizer, data, run, micro_batch_size, args, ranks)
     model.train()
     for step in range(start, args.max_steps + 1):
         if run.should_save(step):
@@ -550,7 +544,7 @@ def main(args):
         if step + 1 == args.max_steps:
             run.write_weights(batch, weight_BT)
 
-    finish_value(critic, run, step, data, tokenizer, micro_batch_size, ranks)  # ALGO LOGIC
+    finish_value(critic, run, step, data, micro_batch_size, ranks)  # ALGO LOGIC
 
     # End: the model as others read it, and the held-out figures
     run.finish(model, tokenizer, data, heldout)

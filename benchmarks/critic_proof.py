@@ -41,18 +41,18 @@ def judge(run_dir, seed, num_heads):
     """Loss, correct and targets of every held-out function and of its broken sibling, head 1."""
     import torch
 
-    from common import IGNORE, Ranks, build_model, load_data
+    from common import IGNORE, Ranks, build_model, imitate_all, load_data
 
     model, tokenizer = build_model(str(run_dir), num_heads)
     data = load_data("stdlib-bugs", tokenizer, 256, seed, 0.0, Ranks())
-    rows, siblings = np.arange(len(data.heldout)), {}
-    for batch, loss_BT, correct_BT in tools.heldout_losses(model, data, rows, train_on="all"):
+    rows, siblings = imitate_all(data.heldout), {}
+    for batch, loss_BT, correct_BT in tools.heldout_losses(model, rows, np.arange(len(rows))):
         count = (batch.targets_KBT[0] != IGNORE).sum(1)
         sums = torch.stack([loss_BT.sum(1), correct_BT.float().sum(1), count.float()], 1)
         for number, figures in zip(batch.rows_B.tolist(), sums.tolist()):
-            record = data.heldout_records[number]
-            side = "right" if record["reward"] > 0.5 else "wrong"
-            siblings.setdefault(str(record["sibling"]), {})[side] = figures
+            row = rows[number]
+            side = "right" if row["reward"] > 0.5 else "wrong"
+            siblings.setdefault(str(row["sibling"]), {})[side] = figures
     functions = {}
     for name, sides in siblings.items():
         if len(sides) == 2:

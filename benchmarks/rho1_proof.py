@@ -69,7 +69,7 @@ def judge(run_dir, data_name, noise, seed, num_heads, reference):
     model, tokenizer = build_model(str(run_dir), num_heads)
     data = load_data(data_name, tokenizer, 256, seed, noise, Ranks())
     numbers, documents = np.arange(0, len(data.heldout), 4), {}
-    for batch, loss_BT, correct_BT in tools.heldout_losses(model, data, numbers):
+    for batch, loss_BT, correct_BT in tools.heldout_losses(model, data.heldout, numbers):
         document_BT = data.heldout[batch.rows_B]["document"]
         valid_BT = (batch.targets_KBT[0] != IGNORE).numpy()
         for document in np.unique(document_BT[document_BT >= 0]).tolist():

@@ -161,7 +161,7 @@ def prepare_proof(args, free, num_layers):
     return out, settings
 
 
-def heldout_losses(model, data, numbers, train_on="correct"):
+def heldout_losses(model, rows, numbers):
     """Yields batches of held-out rows with head 1's loss and correctness, `[B, T]` each."""
     import torch
 
@@ -169,7 +169,7 @@ def heldout_losses(model, data, numbers, train_on="correct"):
 
     model.eval()
     for first in range(0, len(numbers), 32):
-        batch = load_batch(data.heldout, numbers[first : first + 32], 1, "cpu", train_on=train_on)
+        batch = load_batch(rows, numbers[first : first + 32], 1, "cpu")
         with torch.no_grad():
             loss, correct = model(batch.x_BT, batch.targets_KBT, with_correct=True)
         yield batch, loss[0], correct[0]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import baseline_mtp
 import critic_wmtp
-from common import IGNORE, Ranks, build_model, load_batch, load_data, load_tokenizer
+from common import IGNORE, Ranks, build_model, imitate_all, load_batch, load_data, load_tokenizer
 from conftest import make_reward_model, metrics_of, on_ranks, refused, run_main, same_tensors
 from conftest import short_args, slow_bounded, weights_of, write_lines
 from critic_wmtp import judge, pair_loss, partners, prefixes, reward_scores
@@ -67,7 +67,8 @@ def rows_of(name, seq_len=LENGTH):
 
 def batch_of(folder, numbers, train_on="correct"):
     rows = rows_of(folder / "records.jsonl").records
-    return load_batch(rows, np.asarray(numbers), 3, "cpu", train_on)
+    rows = imitate_all(rows) if train_on == "all" else rows
+    return load_batch(rows, np.asarray(numbers), 3, "cpu")
 
 
 def valid_of(batch):
@@ -288,19 +289,17 @@ def test_the_logit_is_a_running_sum_of_evidence_on_the_trunk_of_the_policy(criti
 
 def test_judgement_by_hand():
     """Two pairs of right and wrong. V drops most in the fault of one, and on its line in both."""
-    right, wrong = "ab\ncd\n", "ax\ncd\n"  # seven tokens with the end, after a prompt of two
     is_target_NT = np.arange(12) // 2 * np.ones((4, 1)) > 0
-    is_target_NT[:, 9:] = False
+    is_target_NT[:, 9:] = False  # seven tokens, after a prompt of two
+    is_fault_NT = np.zeros((4, 12), bool)
+    is_fault_NT[1::2, 3] = True
     columns = dict(is_target=is_target_NT, sibling=[0, 0, 1, 1], reward=[1.0, 0.0, 1.0, 0.0])
-    rows = datasets.Dataset.from_dict(columns).with_format("numpy")
-    records = [dict(completion=right, fault_start=-1, fault_end=-1)] * 4
-    records[1::2] = [dict(completion=wrong, fault_start=1, fault_end=2)] * 2
+    rows = datasets.Dataset.from_dict({**columns, "is_noise": is_fault_NT}).with_format("numpy")
     value_NT = np.full((4, 12), 0.9)
     value_NT[2, 8:] = 0.8
     value_NT[1, 3:9] = 0.7, 0.65, 0.6, 0.55, 0.5, 0.85  # most at the wrong letter
     value_NT[3, 4:] = 0.1  # most at the line feed behind it
-    data = SimpleNamespace(train=rows, heldout=rows, heldout_records=records)
-    figures = judge(value_NT, data, load_tokenizer(None))
+    figures = judge(value_NT, SimpleNamespace(heldout=rows))
     expected = dict(auc=3 / 4, auc_position=0.5, pairs=1.0)  # 0.8 of a right one is below 0.85
     expected |= dict(fault_token=1 / 2, fault_token_chance=1 / 7)
     assert figures == pytest.approx(expected)

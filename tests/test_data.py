@@ -1,9 +1,13 @@
 """From `--data` to batches, each fact against something counted another way."""
 
+import csv
 import functools
 import gzip
+import io
 import json
+import lzma
 import math
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -12,6 +16,7 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from sklearn.metrics import roc_auc_score
@@ -19,7 +24,7 @@ from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 
 import common
-from common import IGNORE, Ranks, load_batch, micro_batches
+from common import IGNORE, Ranks, imitate_all, load_batch, micro_batches
 from conftest import bytes_tokenizer, refused, write_lines
 
 BYTES = bytes_tokenizer()
@@ -96,9 +101,11 @@ def records_of(rows, tokenizer=BYTES):
     return [(text(ids[~is_target]), text(ids[is_target])) for ids, is_target in pairs]
 
 
-def numbers_heldout(texts, seed=0, **columns):
-    columns["completion" if columns else "text"] = texts
-    train_N, heldout_N = common._split(datasets.Dataset.from_dict(columns), seed, "x")
+def numbers_heldout(texts, seed=0, group=None):
+    groups = group or [""] * len(texts)
+    documents = [common.DOCUMENT | dict(completion=t, group=str(g)) for t, g in zip(texts, groups)]
+    documents = datasets.Dataset.from_list(documents)
+    train_N, heldout_N = common._split(documents, group is not None, seed, "x")
     assert sorted([*train_N, *heldout_N]) == list(range(len(texts)))
     return heldout_N.tolist()
 
@@ -130,7 +137,7 @@ def test_groups_and_copies_stay_on_one_side():
     texts = [f"{n // 3}" * 9 for n in range(600)]  # three copies of each
     assert set(Counter(texts[n] for n in numbers_heldout(texts)).values()) == {3}
     texts, group = [f"{n}" * 9 for n in range(600)], [n % 60 for n in range(600)]
-    held = Counter(group[n] for n in numbers_heldout(texts, prompt=["p"] * 600, group=group))
+    held = Counter(group[n] for n in numbers_heldout(texts, group=group))
     assert set(held.values()) == {10} and 6 <= len(held) <= 7  # 10 % of the bytes
 
 
@@ -273,20 +280,138 @@ def test_documents_of_a_file_or_a_folder(tmp_path, name):
     assert Counter(texts_of(loaded.train) + texts_of(loaded.heldout)) == Counter(texts)
 
 
-@pytest.mark.parametrize("name, number, held", [("a.txt", 2, 1), ("a.py.gz", 350, 10)])
-def test_any_other_file_is_one_text_and_holds_out_its_last_lines(tmp_path, name, number, held):
-    lines, file = [f"line {n} é\n" for n in range(number)], tmp_path / name
-    whole = "".join(lines).encode()
-    file.write_bytes(gzip.compress(whole) if ".gz" in name else whole)
+@pytest.mark.parametrize("name", ["a.txt", "a.PY.gz"])
+def test_one_text_is_cut_by_length_whatever_its_lines(tmp_path, name):
+    text, file = "é\n" * 30 + "".join(map(str, range(50_000)))[:99_940], tmp_path / name
+    file.write_bytes(gzip.compress(text.encode()) if ".gz" in name else text.encode())
     loaded = load(file)
-    assert texts_of(loaded.train) == ["".join(lines[:-held])]
-    assert texts_of(loaded.heldout) == ["".join(lines[-held:])]
-    text = "".join(lines[-held:]).encode()
-    assert (loaded.heldout_bytes, loaded.heldout_tokens) == (len(text), len(text) + 1)
-    order0 = -sum(math.log2(text.count(byte) / len(text)) for byte in text) / len(text)
-    assert loaded.order0_bits_per_byte == pytest.approx(order0)
+    train, heldout = texts_of(loaded.train), texts_of(loaded.heldout)
+    assert Counter("".join(train + heldout)) == Counter(text)
+    assert len(train) + len(heldout) == 100 and {len(t) for t in train + heldout} == {1000}
+    num_bytes = sum(len(t.encode()) for t in heldout)
+    assert loaded.heldout_bytes == num_bytes and 0.03 < num_bytes / len(text) < 0.045
 
 
+CELLS = ["NA", "null", "None", "nan", "N/A", "007", "1e5", "a,b", 'say "é"', "two\nlines", "end"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.csv.gz"])
+def test_every_cell_of_a_table_is_text_and_empty_ones_are_counted(tmp_path, capsys, name):
+    stream = io.StringIO()
+    table = csv.writer(stream, delimiter="\t" if "TSV" in name else ",")
+    table.writerows([["prompt", "completion"], *([f"{c}?", c] for c in [*CELLS, "", ""])])
+    content = b"\xef\xbb\xbf" + stream.getvalue().encode()  # as Excel writes it
+    (tmp_path / name).write_bytes(gzip.compress(content) if ".gz" in name else content)
+    loaded = load(tmp_path / name)
+    pairs = records_of(loaded.train) + records_of(loaded.heldout)
+    assert Counter(pairs) == Counter((f"{cell}?", cell) for cell in CELLS)
+    assert "11 document(s), 2 empty ones left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.json", "list.json", "a.jsonl.xz"])
+def test_the_format_is_told_by_the_suffix_in_any_case(tmp_path, capsys, name):
+    texts = some_texts(9) + ["\x1b[31mred"]
+    rows = [{"text": text} for text in texts]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    content = (json.dumps(rows, indent=1) if name == "list.json" else lines).encode()
+    (tmp_path / name).write_bytes(lzma.compress(content) if ".xz" in name else content)
+    loaded = load(tmp_path / name)
+    assert Counter(texts_of(loaded.train) + texts_of(loaded.heldout)) == Counter(texts)
+    printed = capsys.readouterr().out
+    assert f"read as {'jsonl' if 'xz' in name else Path(name.lower()).suffix[1:]}: 10" in printed
+    assert repr(texts[0][:60]) in printed
+
+
+def test_changed_bytes_under_the_same_name_size_and_time_are_read(tmp_path):
+    file, texts = tmp_path / "a.jsonl", [f"{n} one" for n in range(9)]
+    write(file, texts)
+    before, times = load(file), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    write(file, [text.replace("one", "two") for text in texts])
+    os.utime(file, ns=times)
+    after = load(file)
+    assert all("two" in text for text in texts_of(after.train) + texts_of(after.heldout))
+    assert after.fingerprint != before.fingerprint
+
+
+# ------------------------------------------------------------------------------ special tokens
+MARKED = ["a<eos>b", "<bos>c", "<bos>d<eos>", "e<pad>", "f", "g"]
+
+
+def test_markup_in_data_is_text_and_every_document_has_one_bos_and_one_eos(tmp_path):
+    for records in (MARKED, [dict(prompt=t, completion=t) for t in MARKED]):
+        loaded = load(write(tmp_path / "a.jsonl", records), FAST)
+        documents = runs_of(loaded.train) + runs_of(loaded.heldout)
+        texts = []
+        for ids in documents:
+            assert [n for n in ids if n < 3] == [2, 1] and (ids[0], ids[-1]) == (2, 1)
+            texts.append(FAST.decode(ids[1:-1]))
+        times = 1 if records is MARKED else 2
+        assert sorted(texts) == sorted(text * times for text in MARKED)
+        num_targets = sum(runs.sum() for runs in runs_of(loaded.heldout, "is_target"))
+        assert loaded.heldout_tokens == num_targets  # no EOS counts twice
+
+
+def spaced_tokenizer():
+    """Of Llama 2's kind: it begins every text with a space, and joins spaces to words."""
+    vocabulary = "<unk> <s> </s> ▁ T o : ▁f f u r 1 2 3 4 5 6".split()
+    model = tokenizers.models.BPE({t: n for n, t in enumerate(vocabulary)}, [("▁", "f")])
+    model.unk_token = "<unk>"
+    built = tokenizers.Tokenizer(model)
+    built.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    built.decoder = tokenizers.decoders.Metaspace()
+    names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=built, **names)
+
+
+def test_prompt_and_completion_are_encoded_together(tmp_path, capsys):
+    """A completion gets no space of its own; a token on the border is a target, and it is said."""
+    tokenizer = spaced_tokenizer()
+    records = [dict(prompt=f"To{n}: ", completion="four") for n in (1, 2)]
+    records += [dict(prompt=f"To{n}:", completion=" four") for n in (3, 4, 5, 6)]
+    loaded = load(write(tmp_path / "a.jsonl", records), tokenizer)
+    for rows in (loaded.train, loaded.heldout):
+        for ids, is_target in zip(runs_of(rows), runs_of(rows, "is_target")):
+            tokens = tokenizer.convert_ids_to_tokens(ids)
+            assert tokens[:3] == ["▁", "T", "o"] and tokens[4:] == [
+                ":",
+                "▁f",
+                "o",
+                "u",
+                "r",
+                "</s>",
+            ]
+            assert is_target.tolist() == [False] * 5 + [True] * 5
+    printed = re.findall(r"(\d) of \d completions begin inside", capsys.readouterr().out)
+    assert sum(map(int, printed)) == 2
+
+
+CHAT = "{% for m in messages %}<bos>{{ m.role }}:{{ m.content }}<eos>\n{% endfor %}"
+CHAT += "{% if add_generation_prompt %}<bos>assistant:{% endif %}"
+
+
+def test_messages_go_through_the_chat_template(tmp_path):
+    tokenizer = fast_tokenizer("<bos> $A")
+    records = [
+        dict(
+            prompt=[dict(role="user", content=f"{n}?")],
+            completion=[dict(role="assistant", content="é")],
+        )
+        for n in range(5)
+    ]
+    file = write(tmp_path / "a.jsonl", records)
+    refused(lambda: load(file, tokenizer), "row 1: holds messages", "--model has no chat template")
+    tokenizer.chat_template = CHAT
+    loaded = load(file, tokenizer, seq_len=60)
+    texts = []
+    for rows in (loaded.train, loaded.heldout):
+        for ids, is_target in zip(runs_of(rows), runs_of(rows, "is_target")):
+            texts.append(tokenizer.decode(ids[~is_target]))
+            assert tokenizer.decode(ids[is_target]) == "é<eos>" and (ids == 1).sum() == 2
+    expected = [f"<bos>user:{n}?<eos>\n<bos>assistant:" for n in range(5)]
+    assert sorted(texts) == expected
+
+
+# -------------------------------------------------------------------------- records with outcomes
 def mbpp_task(number):
     code = f"def f{number}(x):\r\n  y = x\r\n  return y + {number}"
     tests = [f"assert f{number}({n}) == {n}" for n in range(3)]
@@ -305,7 +430,7 @@ def test_mbpp():
 
 
 def test_siblings_differ_by_one_fault_that_changes_the_code_and_no_length_tells_it():
-    records = common.stdlib_bugs(common.stdlib_texts()[::20])
+    records = list(common.stdlib_bugs(common.stdlib_texts()[::20]))
     siblings = list(zip(records[::2], records[1::2]))
     for right, wrong in siblings:
         assert (right["reward"], wrong["reward"]) == (1, 0)
@@ -325,21 +450,34 @@ def test_the_fault_of_a_broken_function_by_hand():
     assert (right["prompt"], right["completion"]) == ("def f(a):\n", "    return a + 0.5\n")
     assert wrong["completion"] == "    return a - 0.5\n"
     assert wrong["completion"][wrong["fault_start"] : wrong["fault_end"]] == "-"
-    assert common.stdlib_bugs(["def f():\n    return g(1.5)\n"]) == []  # nothing to break
+    assert not list(common.stdlib_bugs(["def f():\n    return g(1.5)\n"]))  # nothing to break
 
 
-def test_heldout_records_go_with_their_rows_and_long_ones_are_left_out(monkeypatch, capsys):
-    texts = common.stdlib_texts()[::40]
+@pytest.mark.parametrize("tokenizer", [BYTES, FAST], ids=["bytes", "fast"])
+def test_rows_hold_records_and_their_faults_and_long_ones_are_counted(
+    tmp_path, monkeypatch, capsys, tokenizer
+):
+    texts = common.stdlib_texts()[::80]
     monkeypatch.setattr(common, "stdlib_texts", lambda: texts)
-    loaded, records = load("stdlib-bugs", seq_len=200), common.stdlib_bugs(texts)
-    for row, record in zip(loaded.heldout, loaded.heldout_records, strict=True):
-        assert text_of(row["input_ids"][row["is_target"]]) == record["completion"]
-        assert (row["reward"], row["sibling"]) == (record["reward"], record["sibling"])
-    assert not {r["sibling"] for r in loaded.heldout_records} & set(loaded.train["sibling"])
-    num_long = sum(len((r["prompt"] + r["completion"]).encode()) > 199 for r in records)  # and EOS
+    loaded = load("stdlib-bugs", tokenizer, 200)
+    faults, num_long = {}, 0
+    for record in common.stdlib_bugs(texts):
+        completion, (start, end) = record["completion"], (-1, -1)
+        if not record["reward"]:
+            start, end = record["fault_start"], record["fault_end"]
+        faults[record["prompt"] + completion] = completion[start:end], record["reward"]
+        size = len(common.encode(tokenizer, [record["prompt"] + completion], True)[0]) + 1
+        num_long += size > 200
+    for rows in (loaded.records, loaded.heldout):
+        pairs, noise = records_of(rows, tokenizer), runs_of(rows, "is_noise")
+        for pair, ids, is_noise, reward in zip(pairs, runs_of(rows), noise, rows["reward"]):
+            fault, expected = faults.pop("".join(pair))
+            assert reward == expected and is_noise.any() == (reward == 0)
+            assert fault in text_of(ids[is_noise], tokenizer)
+            assert tokenizer is FAST or fault == text_of(ids[is_noise])
     printed = re.findall(r"left out (\d+) of .* records.*--seq-len 200", capsys.readouterr().out)
-    assert sum(map(int, printed)) == num_long
-    assert len(loaded.records) + len(loaded.heldout) == len(records) - num_long
+    assert len(faults) == sum(map(int, printed)) == num_long > 0
+    assert not set(loaded.heldout["sibling"]) & set(loaded.train["sibling"])
     assert set(loaded.train["reward"][:]) == {1}
 
 
@@ -352,23 +490,31 @@ def test_only_correct_records_are_imitated_unless_all_are(tmp_path):
         return np.array([0.6 if p[0] in "12" else 0.25 for p in prompts])
 
     loaded = load(write(tmp_path / "a.jsonl", records), score=score)
+    assert min(loaded.train["reward"]) > 0.5
+    loaded.train = loaded.records
     for (prompt, completion), row in zip(records_of(loaded.train), loaded.train, strict=True):
         missing = 0.6 if prompt[0] in "12" else 0.25
         assert row["reward"] == dict(good=1, bad=0, odd=missing)[completion]
-    options = (loaded.train, np.arange(len(loaded.train)), 3, "cpu")
-    correct, everything = (load_batch(*options, train_on) for train_on in ("correct", "all"))
+    numbers, rows = np.arange(len(loaded.train)), (loaded.train, imitate_all(loaded.train))
+    correct, everything = (load_batch(r, numbers, 3, "cpu") for r in rows)
     is_valid, is_correct_B = everything.targets_KBT != IGNORE, correct.reward_B > 0.5
     assert torch.equal(is_valid[0].sum(1), correct.completion_BT.sum(1))
     assert torch.equal(correct.targets_KBT != IGNORE, is_valid & is_correct_B[None, :, None])
 
 
 RECORD = {"prompt": "a", "completion": "b"}
-UNUSABLE = {  # what the message says: content of the file
-    "cannot be loaded": '{"text": "a"}\n{"text": \n',
-    "columns body, title; needs text": [{"body": "x", "title": "y"}],
+UNUSABLE = {  # what the message says: name and content of the file
+    "a.jsonl: line 2 is not JSON": '{"text": "a"}\n{"text": \n',
+    "cannot be read (UnicodeDecodeError": b'{"text": "\xff"}',
+    "row 1: columns body, title; needs text": [{"body": "x", "title": "y"}],
+    "row 2: the column text holds int 42, not text": [{"text": "a"}, {"text": 42}],
+    "row 1: the column completion holds list ['b'], not": [RECORD | {"completion": ["b"]}],
+    "row 2: columns list;": '{"text": "a"}\n["b"]\n',
+    "all of its 2 documents are empty": [{"text": ""}, {"text": None}],
     "part (no record fits --seq-len 300)": [RECORD | {"prompt": p * 300} for p in "abc"],
-    "record 1 has the reward 1.5; from 0 to 1": [RECORD | {"reward": 1.5}],
-    "the reward nan; from 0 to 1 (--reward-model": [RECORD | {"reward": None}],
+    "row 1: the reward 1.5 is no number from 0 to 1": [RECORD | {"reward": 1.5}],
+    "row 1: the reward 'x' is no number from 0 to 1": [RECORD | {"reward": "x"}],
+    "1 of 2 documents have no reward; --reward-model": [RECORD | {"reward": r} for r in (None, 1)],
     "no training record has a reward above 0.5": [RECORD | dict(reward=0, prompt=p) for p in "abc"],
 }
 
@@ -376,14 +522,18 @@ UNUSABLE = {  # what the message says: content of the file
 @pytest.mark.parametrize("message", UNUSABLE)
 def test_files_that_cannot_be_used(tmp_path, message):
     content, file = UNUSABLE[message], tmp_path / "a.jsonl"
-    if isinstance(content, str):
-        file.write_text(content)
-    else:
+    if isinstance(content, list):
         write(file, content)
+    else:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(lambda: load(file, seq_len=300), f"--data {file}", message)
 
 
-def test_flags_out_of_range():
+def test_flags_that_cannot_be_used(tmp_path, monkeypatch):
     refused(lambda: load("stdlib", seq_len=1), "--seq-len 1:")
     refused(lambda: load("stdlib", noise_frac=math.nan), "--noise-frac nan:")
     refused(lambda: load("nonesuch"), "--data nonesuch: no such file")
+    (tmp_path / "a.xlsx").write_text("x")
+    refused(lambda: load(tmp_path / "a.xlsx"), "a.xlsx: unknown kind of file; .jsonl .ndjson")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "a.xlsx")  # a file
+    refused(lambda: load("stdlib"), "a.xlsx/wmtp: cannot be written", "set HF_HOME")
