@@ -1893,7 +1893,8 @@ def read_tokens(model, cache, x_BQ, start_B):
     start_B1 = torch.tensor(start_B, device=x_BQ.device)[:, None]
     cache.position_BQ = start_B1 + torch.arange(num_tokens, device=x_BQ.device)
     cache.end = max(start_B) + num_tokens
-    masks = attention_masks(decoder.config, cache.position_BQ, cache.end, dtype)
+    num_masks = 1 if len(set(start_B)) == 1 else len(start_B)  # rows at one position share one
+    masks = attention_masks(decoder.config, cache.position_BQ[:num_masks], cache.end, dtype)
     options = dict(position_ids=cache.position_BQ, past_key_values=cache, use_cache=True)
     states = decoder(input_ids=x_BQ, attention_mask=masks, **options).last_hidden_state
     return states.view(-1, *x_BQ.shape, states.shape[-1])
@@ -1914,18 +1915,15 @@ def generate(
         finished: called with a row's new tokens after every pass; True ends the row.
 
     Raises:
-        UsageError: an empty prompt; more heads than the model has.
+        UsageError: an empty prompt.
     """
-    if not 1 <= num_heads <= len(model.heads.layers):
-        limit = len(model.heads.layers)
-        raise UsageError(f"decoding with {num_heads} heads: the model has {limit}")
     if not all(prompts):
         raise UsageError("decoding: an empty prompt; give at least one token")
     num_drafts, weight_VD = num_heads - 1, model.causal_lm.lm_head.weight
     result = Generated([[] for _ in prompts], np.zeros(num_drafts, np.int64))
     rows = list(range(len(prompts)))  # the prompts that are still in the batch
-    length = [len(prompt) for prompt in prompts]  # of each row, its new tokens included
-    cache = RowCache(max(length) + max_tokens + num_drafts)
+    longest = max(map(len, prompts))
+    cache = RowCache(longest + max_tokens + num_drafts)
     randoms = [np.random.default_rng(seed) for seed in (rows if seeds is None else seeds)]
 
     def uniform(count):
@@ -1934,10 +1932,10 @@ def generate(
 
     # The first pass reads the prompts; head 1's first token follows their last tokens
     model.heads.active = num_heads
-    padded = [prompt + [0] * (max(length) - len(prompt)) for prompt in prompts]
+    padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
     x_BT = torch.tensor(padded, device=weight_VD.device)
     states_KBTD = read_tokens(model, cache, x_BT, [0] * len(rows))
-    last_B = torch.tensor(length, device=x_BT.device) - 1
+    last_B = [len(prompt) - 1 for prompt in prompts]
     states_KBQD = states_KBTD[:, range(len(rows)), last_B][:, :, None]
     draft_BM = x_BT[:, :0]
     proposal_BMV = weight_VD.new_zeros(len(rows), 0, len(weight_VD))
@@ -1956,7 +1954,6 @@ def generate(
             if has_eos:
                 new = new[: new.index(eos) + 1]
             tokens += new[:-1] if has_eos else new
-            length[row] += taken + 1
             result.accepted[: min(taken, len(new))] += 1
             if result.forwards > 1:  # the first token comes from the prompt's own pass
                 result.row_steps += 1
@@ -1982,5 +1979,6 @@ def generate(
             proposal_BMV = nucleus(draft_logits_BMV, temperature, top_p)
             draft_BM = draw(proposal_BMV, uniform(num_drafts))
         x_BQ = torch.cat([next_B[:, None], draft_BM], 1)
-        states_KBQD = read_tokens(model, cache, x_BQ, [length[row] - 1 for row in rows])
+        start_B = [len(prompts[row]) + len(result.tokens[row]) - 1 for row in rows]
+        states_KBQD = read_tokens(model, cache, x_BQ, start_B)
         result.forwards += 1
