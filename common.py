@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 import warnings
 import zlib
@@ -57,6 +58,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from transformers.generation.logits_process import TopPLogitsWarper
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import has_file
 
 IGNORE = -100  # a masked target: prompt, padding, past the end of the row or of the document
 HEADS_FILE = "mtp_heads.safetensors"
@@ -498,6 +501,7 @@ def build_model(name, num_heads, seq_len=None, recompute="none"):
     else:
         folder, model = model_dir(name), load_mtp(name, num_heads)
     tokenizer = load_tokenizer(folder, model)
+    check_read_back(name, tokenizer)
     longest = max_positions(model.causal_lm.config)
     if seq_len is not None and seq_len > longest:
         raise UsageError(f"--seq-len {seq_len}: --model {name} has {longest} positions at most")
@@ -532,6 +536,8 @@ def model_errors(name):
 def load_tokenizer(folder=None, model=None):
     """The tokenizer in `folder`; bytes (`ByT5Tokenizer`: byte + 3, EOS 1) where it has none.
 
+    It is what its files say, not what is usual in the family of the model (`AutoTokenizer`).
+
     Raises:
         UsageError: it cannot be read, does not end texts, or is not that of `model`.
     """
@@ -541,14 +547,30 @@ def load_tokenizer(folder=None, model=None):
         tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
     else:
         with model_errors(folder):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            kind = get_tokenizer_config(folder).get("tokenizer_class", "")
+            kind = getattr(transformers, kind, transformers.AutoTokenizer)
+            if has_file(folder, "tokenizer.json"):
+                kind = transformers.PreTrainedTokenizerFast
+            tokenizer = kind.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
         raise UsageError(f"--model {folder}: its tokenizer has no end-of-sequence token")
     rows = len(tokenizer) if model is None else len(model.causal_lm.lm_head.weight)
     if not 0 <= rows - len(tokenizer) < 1024:  # families pad: by 399 in Qwen2.5-7B
         sizes = f"its vocabulary has {rows} entries, its tokenizer {len(tokenizer)}"
         raise UsageError(f"--model {folder}: {sizes}; name a folder whose tokenizer is its own")
+    if len(tokenizer) < rows and int(os.environ.get("RANK", 0)) == 0:
+        print(f"tokenizer {len(tokenizer)} entries, fewer than the model's {rows} rows", flush=True)
     return tokenizer
+
+
+def check_read_back(name, tokenizer):
+    """Refuse a tokenizer that is another one after it was saved and read back, as a run's is."""
+    sample = Path(__file__).read_text()[:4000] + "caf\u00e9 \u65e5\u672c\t\r\n"
+    with model_errors(name), tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        same = load_tokenizer(folder)
+        if same(sample) != tokenizer(sample) or same.get_vocab() != tokenizer.get_vocab():
+            raise ValueError("its tokenizer gives other tokens after it was saved and read back")
 
 
 def from_config(config, num_heads):

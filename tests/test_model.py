@@ -11,6 +11,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
@@ -175,6 +176,51 @@ def test_heads_added_to_a_pretrained_model_are_copies_of_its_last_layer(saved, t
     assert len(set(addresses)) == len(addresses)  # copies, not the same tensors
     call = functools.partial(load_mtp, saved.run_dir, 4)
     refused(call, "--num-heads 4", "3 heads", without=[saved.run_dir])
+
+
+# ---------------------------------------------------------------------------------- tokenizers
+TEXT = "def f(x):\n    return x + 1  # caf\u00e9 \u65e5\n"
+
+
+def own_tokenizer(folder):
+    """Write a BPE of words into the folder, as no family has it; returns it, of `tokenizers`."""
+    special = ["<pad>", "</s>", "<unk>"]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=90, special_tokens=special)
+    inner.train_from_iterator([TEXT.replace("x", "x y z")] * 3, trainer)
+    names = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+    fast.save_pretrained(folder)
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "own"])
+@pytest.mark.parametrize("family", ["Mistral", "Olmo2", "Phi3", "Granite", "Qwen2"])
+def test_tokenizer_that_was_saved_is_read_whatever_the_family(tmp_path, family, kind, capsys):
+    """transformers goes by the family: an error, or for Qwen2 other tokens."""
+    sizes = SIZES | dict(vocab_size=300, num_key_value_heads=4)
+    getattr(transformers, f"{family}Config")(**sizes).save_pretrained(tmp_path)
+    expected, entries = [byte + 3 for byte in TEXT.encode()], 259
+    if kind == "own":
+        own = own_tokenizer(tmp_path)
+        expected, entries = own.encode(TEXT).ids, own.get_vocab_size()
+    model, tokenizer = build_model(str(tmp_path / "config.json"), 2)
+    save_model(model, tokenizer, tmp_path / "run" / "model", Ranks())
+    for other in (tokenizer, build_model(str(tmp_path / "run"), 2)[1]):
+        assert other(TEXT, add_special_tokens=False)["input_ids"] == expected
+        assert other.eos_token_id == 1
+    said = [line for line in capsys.readouterr().out.splitlines() if f"{entries} entries" in line]
+    assert len(said) == 2 and all("300 rows" in line for line in said)  # once for each model
+
+
+def test_tokenizer_that_would_not_be_read_back_is_refused():
+    class ByT5Tokenizer(transformers.ByT5Tokenizer):  # saved under the name of another
+        def _tokenize(self, text):
+            return super()._tokenize(text.swapcase())
+
+    call = functools.partial(common.check_read_back, "some/model", ByT5Tokenizer(extra_ids=0))
+    refused(call, "--model some/model", "read back")
 
 
 # ------------------------------------------------------------------------------------ the loss
