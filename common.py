@@ -612,6 +612,9 @@ def load_mtp(name, num_heads=None):
             raise ValueError(f"it lacks {len(lacking)} weights, {lacking[0]} among them")
         if Path(folder, HEADS_FILE).exists():
             tensors = load_file(Path(folder, HEADS_FILE))
+        for key, value in {**causal_lm.state_dict(), **tensors}.items():
+            if not value.isfinite().all():
+                raise UsageError(f"--model {name}: {key} holds NaN or infinite weights")
         for key, value in tensors.items():
             _, number, parameter = key.split(".", 2)  # heads.2.self_attn...
             states.setdefault(int(number), {})[parameter] = value

@@ -15,7 +15,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import common
 from common import HEADS_FILE, IGNORE, Ranks, active_heads, add_heads, build_model, from_config
@@ -395,6 +395,18 @@ def test_what_does_not_fit_is_refused(tmp_path, name, changes, arguments, words)
     config = make_config("llama", vocab_size=259).to_dict()
     (tmp_path / FILE).write_text(json.dumps(config | changes))
     refused(lambda: build_model(str(tmp_path / name), *arguments), *words, without=[tmp_path])
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", HEADS_FILE])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, file, value):
+    save(make_model("llama", 2), tmp_path)
+    path = tmp_path / "model" / file
+    tensors = load_file(path)
+    name = [name for name in tensors if name.endswith("up_proj.weight")][-1]
+    tensors[name][3, 5] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    refused(lambda: load_mtp(tmp_path), "--model", name, "infinite")
 
 
 # ---------------------------------------------------------------------------------- curriculum
