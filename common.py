@@ -574,15 +574,19 @@ def check_read_back(name, tokenizer):
 
 
 def from_config(config, num_heads):
-    """A fresh model with `config.num_hidden_layers` layers, trunk and heads together."""
+    """A fresh model with `config.num_hidden_layers` layers, trunk and heads together.
+
+    Raises:
+        UsageError: more heads than layers; layers of several kinds.
+    """
     total = config.num_hidden_layers
     if num_heads > total:
         layers = f"the model has {total} layers, trunk and heads together"
         raise UsageError(f"--num-heads {num_heads}: {layers}; at most {total}")
     kinds = getattr(config, "layer_types", None) or []
     if len(set(kinds)) > 1:
-        words = f"{config.model_type} with layers of {len(set(kinds))} kinds is not built from"
-        raise UsageError(f"--model: {words} scratch; give layer_types in config.json one kind")
+        words = f"{config.model_type} has layers of several kinds, {sorted(set(kinds))}"
+        raise UsageError(f"--model: {words}; from scratch, set layer_types to one of them")
     config = copy.deepcopy(config)
     causal_lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     layers, kept = causal_lm.model.layers, total - num_heads + 1

@@ -385,7 +385,7 @@ REFUSED = [  # --model, changes to the llama in FILE (its tokenizer: bytes, 259)
     (FILE, {}, (5,), ("--num-heads 5", "4")),
     (FILE, {}, (2, 65), ("--seq-len 65", "64")),
     (FILE, dict(model_type="no_such_family"), (2,), ("--model",)),
-    (FILE, dict(model_type="gemma2"), (2,), ("--model", "2 kinds", "layer_types")),
+    (FILE, dict(model_type="gemma2"), (2,), ("--model", "sliding_attention", "layer_types")),
     ("nothing", {}, (2,), ("--model", "nothing")),
 ]
 
