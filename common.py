@@ -32,6 +32,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 import warnings
 import zlib
@@ -51,7 +52,6 @@ import transformers
 import tyro
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -61,6 +61,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from transformers.generation.logits_process import TopPLogitsWarper
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import has_file
 
 IGNORE = -100  # a masked target: prompt, padding, past the end of the row or of the document
 HEADS_FILE = "mtp_heads.safetensors"
@@ -264,12 +266,6 @@ class Heads(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.active = len(layers)  # heads 1..active run
         self.recompute = False  # the backward runs the head layers again
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:  # decoders ask a layer for its kind of attention
-            return getattr(super().__getattr__("layers")[0], name)
 
     def forward(self, hidden_BTD, *args, **kwargs):
         outputs = []
@@ -495,23 +491,22 @@ def build_model(name, num_heads, seq_len=None, recompute="none"):
     Raises:
         UsageError: no such model, an unsupported family, numbers that do not fit.
     """
-    path = Path(name)
     if num_heads < 1:
         raise UsageError(f"--num-heads {num_heads}: at least 1")
     if name == "tiny":
-        model = from_config(transformers.LlamaConfig(**TINY), num_heads)
-        tokenizer = load_tokenizer()
+        folder, model = None, from_config(transformers.LlamaConfig(**TINY), num_heads)
         # 0.07 bits per byte better than a deviation of 0.05, after 1 M tokens
         nn.init.normal_(model.causal_lm.model.embed_tokens.weight)
-    elif path.suffix == ".json":
-        model = from_config(read_config(name, path), num_heads)
-        tokenizer = load_tokenizer(path.parent)
+    elif name.endswith(".json"):
+        folder = Path(name).parent
+        with model_errors(name):
+            model = from_config(transformers.AutoConfig.from_pretrained(name), num_heads)
     else:
-        model = load_mtp(name, num_heads, add_heads=True)
-        tokenizer = load_tokenizer(model_dir(name))
-    check_vocabulary(name, model, tokenizer)
-    if (seq_len or 0) > max_positions(model.causal_lm.config):
-        longest = max_positions(model.causal_lm.config)
+        folder, model = model_dir(name), load_mtp(name, num_heads)
+    tokenizer = load_tokenizer(folder, model)
+    check_read_back(name, tokenizer)
+    longest = max_positions(model.causal_lm.config)
+    if seq_len is not None and seq_len > longest:
         raise UsageError(f"--seq-len {seq_len}: --model {name} has {longest} positions at most")
     model.heads.recompute = recompute == "heads"
     if recompute == "all":
@@ -524,129 +519,140 @@ def max_positions(config):
     return getattr(config, "max_position_embeddings", None) or math.inf
 
 
-def check_vocabulary(name, model, tokenizer):
-    """Refuse a tokenizer that is not the model's own, by the sizes of the two vocabularies."""
-    rows, entries = model.causal_lm.lm_head.weight.shape[0], len(tokenizer)
-    if not 0 <= rows - entries < 1024:  # families pad to round numbers: by 399 in Qwen2.5-7B
-        sizes = f"its vocabulary has {rows} entries, its tokenizer {entries}"
-        raise UsageError(f"--model {name}: {sizes}; name a folder whose tokenizer is its own")
-
-
-def load_tokenizer(folder=None):
-    """The tokenizer in `folder`; bytes (`ByT5Tokenizer`: byte + 3, EOS 1) where it has none."""
-    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    is_local = folder is not None and Path(folder).is_dir()
-    if folder is None or (is_local and not any(Path(folder, file).exists() for file in files)):
-        return transformers.ByT5Tokenizer(extra_ids=0)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # tokenizers raise errors without a common class
-        reason = f"its tokenizer cannot be read ({first_line(error)})"
-        raise UsageError(f"--model {folder}: {reason}") from None
-    if tokenizer.eos_token_id is None:
-        raise UsageError(f"--model {folder}: its tokenizer has no end-of-sequence token")
-    return tokenizer
-
-
-def from_config(config, num_heads):
-    """A fresh model with `config.num_hidden_layers` layers, trunk and heads together."""
-    total = config.num_hidden_layers
-    if num_heads > total:
-        layers = f"the model has {total} layers, trunk and heads together"
-        raise UsageError(f"--num-heads {num_heads}: {layers}; at most {total}")
-    kept, config = total - num_heads + 1, copy.deepcopy(config)
-    with _family_errors(config):
-        if kinds := getattr(config, "layer_types", None):  # heads are of head 1's kind
-            config.layer_types = kinds[:kept] + [kinds[kept - 1]] * (num_heads - 1)
-        causal_lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        layers = causal_lm.model.layers
-        extra_heads = [copy.deepcopy(layers[kept - 1]) for _ in range(num_heads - 1)]
-        for head, layer in zip(extra_heads, layers[kept:]):
-            head.load_state_dict(layer.state_dict())  # some families build layers by their number
-        causal_lm.model.layers = layers[:kept]
-        causal_lm.config.num_hidden_layers = kept
-        if kinds:
-            causal_lm.config.layer_types = config.layer_types[:kept]
-        return _checked(causal_lm, extra_heads)
-
-
-def load_mtp(name, num_heads=None, add_heads=False):
-    """Load trunk and heads from a run folder, a `model/` or a Hugging Face model.
-
-    Args:
-        num_heads: H; None takes the number that the files hold.
-        add_heads: where the files hold head 1 alone, add heads 2..H as copies of it (taking
-            layers away instead hurts: 2404.19737, table S6).
-
-    Raises:
-        UsageError: no such model; another number of heads asked for than the files hold.
-    """
-    folder, states = model_dir(name), {}
-    if Path(folder).is_file():
-        raise UsageError(f"--model {name}: a file, not the folder of a model")
-    config = read_config(name, folder)
-    try:
-        with _family_errors(config):
-            options = dict(dtype=torch.float32, output_loading_info=True)
-            causal_lm, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
-        if Path(folder, HEADS_FILE).exists():
-            for key, value in load_file(Path(folder, HEADS_FILE)).items():
-                _, number, parameter = key.split(".", 2)  # heads.2.self_attn...
-                states.setdefault(int(number), {})[parameter] = value
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"--model {name}: weights cannot be read ({first_line(error)})") from error
-    if lacking := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
-        raise UsageError(f"--model {name}: lacks {len(lacking)} weights, {lacking[0]} among them")
-    held = 1 + len(states)
-    if (states or not add_heads) and num_heads not in (None, held):
-        raise UsageError(f"--num-heads {num_heads}: {name} has {held} head(s); --num-heads {held}")
-    num_extra = len(states) or (num_heads or 1) - 1
-    with _family_errors(config):
-        extra_heads = [copy.deepcopy(causal_lm.model.layers[-1]) for _ in range(num_extra)]
-        for layer, number in zip(extra_heads, sorted(states)):
-            layer.load_state_dict(states[number])
-        return _checked(causal_lm, extra_heads)
-
-
-def read_config(name, path):
-    try:
-        return transformers.AutoConfig.from_pretrained(path)
-    except Exception as error:  # a broken file raises errors without a common class
-        reason = f"not a preset (tiny), nor a model that can be read ({first_line(error)})"
-        raise UsageError(f"--model {name}: {reason}") from error
-
-
 def model_dir(name):
     """The `model/` of a run folder; any other name as it is."""
     return str(Path(name, "model")) if Path(name, "model", "config.json").exists() else str(name)
 
 
 @contextlib.contextmanager
-def _family_errors(config):
-    """Turn errors of a family whose code does not fit into one line that names the family."""
+def model_errors(name):
+    """Turn what transformers raises into one line that names `--model`."""
     try:
         yield
-    except (AttributeError, TypeError, KeyError, ValueError, RuntimeError) as error:
-        family = f"the family {config.model_type} is not supported"
-        raise UsageError(f"--model: {family} ({first_line(error)})") from error
+    except UsageError:
+        raise
+    except Exception as error:  # broken files raise errors without a common class
+        reason = f"not tiny, nor a model that can be used ({first_line(error)})"
+        raise UsageError(f"--model {name}: {reason}") from error
+
+
+def load_tokenizer(folder=None, model=None):
+    """The tokenizer in `folder`; bytes (`ByT5Tokenizer`: byte + 3, EOS 1) where it has none.
+
+    It is what its files say, not what is usual in the family of the model (`AutoTokenizer`).
+
+    Raises:
+        UsageError: it cannot be read, does not end texts, or is not that of `model`.
+    """
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    is_local = folder is not None and Path(folder).is_dir()
+    if folder is None or (is_local and not any(Path(folder, file).exists() for file in files)):
+        tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
+    else:
+        with model_errors(folder):
+            kind = get_tokenizer_config(folder).get("tokenizer_class", "")
+            kind = getattr(transformers, kind, transformers.AutoTokenizer)
+            if has_file(folder, "tokenizer.json"):
+                kind = transformers.PreTrainedTokenizerFast
+            tokenizer = kind.from_pretrained(folder)
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"--model {folder}: its tokenizer has no end-of-sequence token")
+    rows = len(tokenizer) if model is None else len(model.causal_lm.lm_head.weight)
+    if not 0 <= rows - len(tokenizer) < 1024:  # families pad: by 399 in Qwen2.5-7B
+        sizes = f"its vocabulary has {rows} entries, its tokenizer {len(tokenizer)}"
+        raise UsageError(f"--model {folder}: {sizes}; name a folder whose tokenizer is its own")
+    if len(tokenizer) < rows and int(os.environ.get("RANK", 0)) == 0:
+        print(f"tokenizer {len(tokenizer)} entries, fewer than the model's {rows} rows", flush=True)
+    return tokenizer
+
+
+def check_read_back(name, tokenizer):
+    """Refuse a tokenizer that is another one after it was saved and read back, as a run's is."""
+    sample = Path(__file__).read_text()[:4000] + "caf\u00e9 \u65e5\u672c\t\r\n"
+    with model_errors(name), tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        same = load_tokenizer(folder)
+        if same(sample) != tokenizer(sample) or same.get_vocab() != tokenizer.get_vocab():
+            raise ValueError("its tokenizer gives other tokens after it was saved and read back")
+
+
+def from_config(config, num_heads):
+    """A fresh model with `config.num_hidden_layers` layers, trunk and heads together.
+
+    Raises:
+        UsageError: more heads than layers; layers of several kinds.
+    """
+    total = config.num_hidden_layers
+    if num_heads > total:
+        layers = f"the model has {total} layers, trunk and heads together"
+        raise UsageError(f"--num-heads {num_heads}: {layers}; at most {total}")
+    kinds = getattr(config, "layer_types", None) or []
+    if len(set(kinds)) > 1:
+        words = f"{config.model_type} has layers of several kinds, {sorted(set(kinds))}"
+        raise UsageError(f"--model: {words}; from scratch, set layer_types to one of them")
+    config = copy.deepcopy(config)
+    causal_lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    layers, kept = causal_lm.model.layers, total - num_heads + 1
+    head_states = [layer.state_dict() for layer in layers[kept:]]
+    causal_lm.model.layers = layers[:kept]
+    config.num_hidden_layers = kept
+    if kinds:
+        config.layer_types = kinds[:kept]
+    return add_heads(causal_lm, head_states)
+
+
+def load_mtp(name, num_heads=None):
+    """Load trunk and heads from a run folder, a `model/` or a Hugging Face model.
+
+    Args:
+        num_heads: H; None takes the number that the files hold. Where they hold head 1 alone,
+            heads 2..H are copies of it (taking layers away instead hurts: 2404.19737, table S6).
+
+    Raises:
+        UsageError: no such model; another number of heads asked for than the files hold.
+    """
+    folder, tensors, states = model_dir(name), {}, {}
+    with model_errors(name):
+        options = dict(dtype=torch.float32, output_loading_info=True)
+        causal_lm, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+        if lacking := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+            raise ValueError(f"it lacks {len(lacking)} weights, {lacking[0]} among them")
+        if Path(folder, HEADS_FILE).exists():
+            tensors = load_file(Path(folder, HEADS_FILE))
+        for key, value in {**causal_lm.state_dict(), **tensors}.items():
+            if not value.isfinite().all():
+                raise UsageError(f"--model {name}: {key} holds NaN or infinite weights")
+        for key, value in tensors.items():
+            _, number, parameter = key.split(".", 2)  # heads.2.self_attn...
+            states.setdefault(int(number), {})[parameter] = value
+        head_states = [states[number] for number in sorted(states)]
+        if not states:
+            head_states = [causal_lm.model.layers[-1].state_dict()] * ((num_heads or 1) - 1)
+        held = 1 + len(head_states)
+        if num_heads not in (None, held):
+            raise UsageError(f"--num-heads {num_heads}: {name} has {held} heads, no other number")
+        return add_heads(causal_lm, head_states)
 
 
 @torch.no_grad()
-def _checked(causal_lm, extra_heads):
-    """Wrap the model; refuse a family in which head 1 is not the plain model to rounding."""
-    family, head = f"the family {causal_lm.config.model_type} is not supported", causal_lm.lm_head
-    is_linear = isinstance(head, nn.Linear) and head.bias is None
-    if not is_linear or not hasattr(causal_lm.model, "norm"):
-        raise UsageError(f"--model: {family} (needs model.norm and an lm_head without bias)")
-    causal_lm.eval()
-    x_BT = torch.arange(12)[None] % head.weight.shape[0]
-    plain = causal_lm(input_ids=x_BT, use_cache=False).logits.float()
+def add_heads(causal_lm, head_states):
+    """The model with heads 2..H: copies of its last layer, with the weights in `head_states`.
+
+    Raises:
+        UsageError: a family in which head 1 is not the plain model to rounding.
+    """
+    extra_heads = [copy.deepcopy(causal_lm.model.layers[-1]) for _ in head_states]
+    for head, state in zip(extra_heads, head_states):
+        head.load_state_dict(state)
+    unembedding = causal_lm.lm_head
+    x_BT = torch.arange(12)[None] % len(unembedding.weight)
+    plain_BTV = causal_lm.eval()(input_ids=x_BT, use_cache=False).logits
     model = MTPModel(causal_lm, extra_heads).eval()
-    targets = plain.argmax(-1)[None]
-    expected = F.cross_entropy(plain[0], targets[0, 0], reduction="none")
-    difference = (model(x_BT, targets)[0, 0] - expected).abs().max().item()
-    if not difference <= 1e-4 * max(1.0, expected.abs().max().item()):
-        raise UsageError(f"--model: {family} (head 1 differs from it by {difference:.3g} nats)")
+    own_BTV = logits_of(model.hidden(x_BT, 1)[0], unembedding.weight, model.softcap)
+    is_same = (own_BTV - plain_BTV).abs().max() <= 1e-4 * plain_BTV.abs().max()
+    if unembedding.bias is not None or not is_same:
+        family = f"the family {causal_lm.config.model_type} is not supported"
+        raise UsageError(f"--model: {family} (its logits are not those of head 1)")
     return model
 
 
@@ -673,8 +679,7 @@ def save_model(model, tokenizer, folder, ranks):
         causal_lm.save_pretrained(temporary, state_dict=plain)
         tokenizer.save_pretrained(temporary)
         if heads:
-            metadata = {"format": "pt", "num_heads": str(len(model.heads.layers))}
-            save_file(heads, temporary / HEADS_FILE, metadata=metadata)
+            save_file(heads, temporary / HEADS_FILE, metadata={"format": "pt"})
         temporary.rename(folder)
     ranks.barrier()
 
@@ -1981,15 +1986,13 @@ class RowCache(Cache):
         self.pairs = {}  # by layer: keys and values, `[B, heads, capacity, size]`
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
-        """Write to slots `position_BQ` (`start` to `end - 1`); returns slots 0 to `end - 1`."""
+        """Write to the slots `position_BQ`; returns slots 0 to `end - 1`."""
         if layer_idx not in self.pairs:  # the prompts, from slot 0 on
             room = (0, 0, 0, self.capacity - keys.shape[2])
             self.pairs[layer_idx] = [F.pad(new, room) for new in (keys, values)]
+        row_B1 = torch.arange(len(keys), device=keys.device)[:, None]
         for kept, new in zip(self.pairs[layer_idx], (keys, values)):
-            if self.end - self.start == new.shape[2]:  # all rows at the same slots: a plain copy
-                kept[:, :, self.start : self.end] = new
-            else:
-                kept[self.row_B1, :, self.position_BQ] = new.transpose(1, 2)
+            kept[row_B1, :, self.position_BQ] = new.transpose(1, 2)
         return tuple(kept[:, :, : self.end] for kept in self.pairs[layer_idx])
 
     def keep_rows(self, rows):
@@ -2002,16 +2005,14 @@ def attention_masks(config, position_BQ, end, dtype):
 
     A dict by kind of layer for families with several kinds.
     """
-    slot_E, position = torch.arange(end, device=position_BQ.device), position_BQ[:, None, :, None]
-    seen, hidden = torch.tensor([0.0, torch.finfo(dtype).min], dtype=dtype, device=slot_E.device)
-    visible = slot_E <= position
-    full = sliding = torch.where(visible, seen, hidden)
-    several_kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-    slides = several_kinds or getattr(config, "use_sliding_window", True)
-    window = getattr(config, "sliding_window", None)
-    if slides and window and end > window:
-        sliding = torch.where(visible & (slot_E > position - window), seen, hidden)
-    return dict(full_attention=full, sliding_attention=sliding) if several_kinds else sliding
+    slot_E = torch.arange(end, device=position_BQ.device)
+    distance = position_BQ[:, None, :, None] - slot_E
+    window = getattr(config, "sliding_window", None) or end
+    hidden = torch.finfo(dtype).min
+    full = torch.zeros_like(distance, dtype=dtype).masked_fill(distance < 0, hidden)
+    sliding = full.masked_fill(distance >= window, hidden)
+    has_kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
+    return dict(full_attention=full, sliding_attention=sliding) if has_kinds else sliding
 
 
 def nucleus(logits, temperature, top_p):
@@ -2033,14 +2034,6 @@ def draw(weights, uniform):
     return torch.searchsorted(cumulative, threshold, right=True)[..., 0]
 
 
-def propose(logits_BMV, temperature, top_p, uniform_BM):
-    """Drafts `[B, M]` of heads 2..K and the distributions they were drawn from, `[B, M, V]`."""
-    if temperature == 0:
-        return logits_BMV.argmax(-1), None
-    proposal_BMV = nucleus(logits_BMV, temperature, top_p)
-    return draw(proposal_BMV, uniform_BM), proposal_BMV
-
-
 def verify(logits_BQV, draft_BM, proposal_BMV, temperature, top_p, uniform_BQ):
     """How many drafts each row takes, `[B]`, and the token that follows them, `[B]`.
 
@@ -2059,9 +2052,6 @@ def verify(logits_BQV, draft_BM, proposal_BMV, temperature, top_p, uniform_BQ):
         taken_B = (draft_BM == best_BQ[:, :-1]).long().cumprod(1).sum(1)
         return taken_B, best_BQ[rows, taken_B]
     target_BQV = nucleus(logits_BQV, temperature, top_p)
-    if draft_BM.shape[1] == 0:
-        return torch.zeros_like(rows), draw(target_BQV[:, 0], uniform_BQ[:, 0])
-
     target_BM = target_BQV[:, :-1].gather(-1, draft_BM[..., None])[..., 0]
     proposed_BM = proposal_BMV.gather(-1, draft_BM[..., None])[..., 0]
     accepted_BM = uniform_BQ[:, :-1] * proposed_BM < target_BM
@@ -2073,46 +2063,23 @@ def verify(logits_BQV, draft_BM, proposal_BMV, temperature, top_p, uniform_BQ):
     return taken_B, draw(torch.where(refusable_B1, residual_BV, target_BV), uniform_BQ[:, -1])
 
 
-def _read(model, cache, x_BQ, starts):
-    """Normed states `[K, B, Q, D]` of the active heads; row b reads at positions `starts[b]` on."""
+def read_tokens(model, cache, x_BQ, start_B):
+    """Normed states `[K, B, Q, D]` of the active heads; row b starts at `start_B[b]`."""
     decoder, dtype = model.causal_lm.model, model.causal_lm.lm_head.weight.dtype
     num_tokens = x_BQ.shape[1]
-    start_B1 = torch.tensor(starts, device=x_BQ.device)[:, None]
-    position_BQ = start_B1 + torch.arange(num_tokens, device=x_BQ.device)
-    cache.start, cache.end = min(starts), max(starts) + num_tokens
-    cache.position_BQ = position_BQ
-    cache.row_B1 = torch.arange(len(starts), device=x_BQ.device)[:, None]
-    rows_alike = cache.end - cache.start == num_tokens
-    masked_BQ = position_BQ[:1] if rows_alike else position_BQ
-    masks = attention_masks(decoder.config, masked_BQ, cache.end, dtype)
-    options = dict(position_ids=position_BQ, past_key_values=cache, use_cache=True)
+    start_B1 = torch.tensor(start_B, device=x_BQ.device)[:, None]
+    cache.position_BQ = start_B1 + torch.arange(num_tokens, device=x_BQ.device)
+    cache.end = max(start_B) + num_tokens
+    num_masks = 1 if len(set(start_B)) == 1 else len(start_B)  # rows at one position share one
+    masks = attention_masks(decoder.config, cache.position_BQ[:num_masks], cache.end, dtype)
+    options = dict(position_ids=cache.position_BQ, past_key_values=cache, use_cache=True)
     states = decoder(input_ids=x_BQ, attention_mask=masks, **options).last_hidden_state
     return states.view(-1, *x_BQ.shape, states.shape[-1])
 
 
-def _append(tokens, drafts, following, result, max_new_tokens, eos):
-    """Add a row's new tokens up to the limit or `eos`; returns whether the row has ended."""
-    new = [*drafts, following][: max_new_tokens - len(tokens)]
-    ended = eos is not None and eos in new
-    used = new.index(eos) + 1 if ended else len(new)
-    tokens += new[: used - ended]
-    result.row_steps += 1
-    result.new_tokens += used
-    result.accepted[: min(len(drafts), used)] += 1
-    return ended or len(tokens) >= max_new_tokens
-
-
 @torch.inference_mode()
 def generate(
-    model,
-    prompts,
-    max_new_tokens,
-    eos,
-    num_heads=1,
-    temperature=0.0,
-    top_p=1.0,
-    seeds=None,
-    finished=None,
+    model, prompts, max_tokens, eos, num_heads=1, temperature=0, top_p=1, seeds=None, finished=None
 ):
     """Complete prompts with head 1; heads 2..num_heads draft (1: plain decoding).
 
@@ -2125,69 +2092,70 @@ def generate(
         finished: called with a row's new tokens after every pass; True ends the row.
 
     Raises:
-        UsageError: an empty prompt; more heads than the model has.
+        UsageError: an empty prompt.
     """
-    if not 1 <= num_heads <= len(model.heads.layers):
-        limit = len(model.heads.layers)
-        raise UsageError(f"decoding with {num_heads} heads: the model has {limit}")
     if not all(prompts):
         raise UsageError("decoding: an empty prompt; give at least one token")
-    num_drafts = num_heads - 1
+    num_drafts, weight_VD = num_heads - 1, model.causal_lm.lm_head.weight
     result = Generated([[] for _ in prompts], np.zeros(num_drafts, np.int64))
-    if not prompts:
-        return result
-
-    weight_VD = model.causal_lm.lm_head.weight
     rows = list(range(len(prompts)))  # the prompts that are still in the batch
-    num_read = [len(prompt) for prompt in prompts]
-    longest = max(num_read)
-    cache = RowCache(longest + max_new_tokens + num_drafts)
+    longest = max(map(len, prompts))
+    cache = RowCache(longest + max_tokens + num_drafts)
     randoms = [np.random.default_rng(seed) for seed in (rows if seeds is None else seeds)]
 
     def uniform(count):
-        if temperature == 0:
-            return None
         numbers = np.stack([randoms[row].random(count) for row in rows])
         return torch.tensor(numbers, device=weight_VD.device)
 
+    # The first pass reads the prompts; head 1's first token follows their last tokens
     model.heads.active = num_heads
     padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
     x_BT = torch.tensor(padded, device=weight_VD.device)
-    places, length_B = torch.tensor([rows, num_read], device=x_BT.device)
-    states_KBTD = _read(model, cache, x_BT, [0] * len(rows))
-    states_KBQD = states_KBTD[:, places, length_B - 1][:, :, None]
-    draft_BM, proposal_BMV = x_BT[:, :0], None
+    states_KBTD = read_tokens(model, cache, x_BT, [0] * len(rows))
+    last_B = [len(prompt) - 1 for prompt in prompts]
+    states_KBQD = states_KBTD[:, range(len(rows)), last_B][:, :, None]
+    draft_BM = x_BT[:, :0]
+    proposal_BMV = weight_VD.new_zeros(len(rows), 0, len(weight_VD))
     result.forwards = 1
     while True:
+        # Head 1 accepts drafts and adds one token
         logits_BQV = logits_of(states_KBQD[0], weight_VD, model.softcap)
         random_BQ = uniform(logits_BQV.shape[1])
         taken_B, next_B = verify(logits_BQV, draft_BM, proposal_BMV, temperature, top_p, random_BQ)
-
-        transfer = torch.cat([taken_B[:, None], next_B[:, None], draft_BM], 1).tolist()
+        verdicts = torch.cat([taken_B[:, None], next_B[:, None], draft_BM], 1).tolist()
         going = []  # places in the batch of the rows that have not ended
-        for place, (row, (taken, following, *drafts)) in enumerate(zip(rows, transfer)):
+        for place, (row, (taken, following, *drafts)) in enumerate(zip(rows, verdicts)):
             tokens = result.tokens[row]
-            num_read[row] += taken + 1
-            ended = _append(tokens, drafts[:taken], following, result, max_new_tokens, eos)
+            new = [*drafts[:taken], following][: max_tokens - len(tokens)]
+            has_eos = eos in new
+            if has_eos:
+                new = new[: new.index(eos) + 1]
+            tokens += new[:-1] if has_eos else new
+            result.accepted[: min(taken, len(new))] += 1
+            if result.forwards > 1:  # the first token comes from the prompt's own pass
+                result.row_steps += 1
+                result.new_tokens += len(new)
+            ended = has_eos or len(tokens) >= max_tokens
             if not ended and not (finished and finished(tokens)):
                 going.append(place)
-        if result.forwards == 1:  # the first tokens come from the prompts' own pass
-            result.row_steps = result.new_tokens = 0
         if not going:
             return result
 
-        states_KBD = states_KBQD[:, places, taken_B]
+        # Rows that have ended leave the batch; of the others, the state before the new token stays
+        states_KBD = states_KBQD[:, range(len(rows)), taken_B]
         if len(going) < len(rows):
-            keep = torch.tensor(going, device=x_BT.device)
-            rows, places = [rows[place] for place in going], places[: len(going)]
-            states_KBD, next_B = states_KBD[:, keep], next_B[keep]
-            cache.keep_rows(keep)
-        x_BQ = next_B[:, None]
-        draft_BM = x_BQ[:, :0]
-        if num_drafts:
-            draft_logits_BMV = logits_of(states_KBD[1:], weight_VD, model.softcap).transpose(0, 1)
-            random_BM = uniform(num_drafts)
-            draft_BM, proposal_BMV = propose(draft_logits_BMV, temperature, top_p, random_BM)
-            x_BQ = torch.cat([x_BQ, draft_BM], 1)
-        states_KBQD = _read(model, cache, x_BQ, [num_read[row] - 1 for row in rows])
+            rows = [rows[place] for place in going]
+            states_KBD, next_B = states_KBD[:, going], next_B[going]
+            cache.keep_rows(going)
+
+        # Heads 2..K draft, and one pass reads the new token and the drafts
+        draft_logits_BMV = logits_of(states_KBD[1:], weight_VD, model.softcap).transpose(0, 1)
+        if temperature == 0:
+            draft_BM = draft_logits_BMV.argmax(-1)
+        else:
+            proposal_BMV = nucleus(draft_logits_BMV, temperature, top_p)
+            draft_BM = draw(proposal_BMV, uniform(num_drafts))
+        x_BQ = torch.cat([next_B[:, None], draft_BM], 1)
+        start_B = [len(prompts[row]) + len(result.tokens[row]) - 1 for row in rows]
+        states_KBQD = read_tokens(model, cache, x_BQ, start_B)
         result.forwards += 1

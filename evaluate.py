@@ -47,7 +47,7 @@ from matplotlib.figure import Figure
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
-from common import IGNORE, UsageError, check_ranges, check_vocabulary, encode, first_line, generate
+from common import IGNORE, UsageError, check_ranges, encode, first_line, generate
 from common import git_state, heldout_batches, load_data, load_mtp, load_tokenizer, log_to_tracker
 from common import max_positions, mbpp_record, model_dir, run_script, setup_ranks, versions
 from common import write_whole
@@ -877,8 +877,8 @@ def evaluate(args, problems, sandbox, ranks):
         raise UsageError(f"--model {name}: a run; --run-dir {name} uses its own held-out text")
     if not args.solutions:
         source = model_dir(name)
-        model, tokenizer = subject = load_mtp(name), load_tokenizer(source)
-        check_vocabulary(name, model, tokenizer)
+        model = load_mtp(name)
+        subject = model, tokenizer = model, load_tokenizer(source, model)
         model.to(ranks.device, torch.bfloat16 if args.dtype == "bf16" else torch.float32).eval()
         say("model", f"{name}, {len(model.heads.layers)} head(s)")
     if {"heldout", "speed"} & set(args.suites):

@@ -11,14 +11,15 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import common
-from common import HEADS_FILE, IGNORE, Ranks, active_heads, build_model, from_config, load_mtp
-from common import save_model
+from common import HEADS_FILE, IGNORE, Ranks, active_heads, add_heads, build_model, from_config
+from common import load_mtp, save_model
 from conftest import bytes_tokenizer, refused
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4)
@@ -49,9 +50,21 @@ def make_config(family, **changes):
 
 
 def make_model(family, num_heads, **changes):
-    """Norms and biases would start as ones and zeros, all alike: each gets its own."""
+    """Norms and biases would start as ones and zeros, all alike: each gets its own.
+
+    A family with several kinds of layers gets its heads as copies, then drawn anew.
+    """
     torch.manual_seed(0)
-    model = from_config(make_config(family, **changes), num_heads)
+    config = make_config(family, **changes)
+    if len(set(getattr(config, "layer_types", []))) > 1:
+        num_kept = config.num_hidden_layers - num_heads + 1
+        config = make_config(family, **(changes | dict(num_hidden_layers=num_kept)))
+        plain = transformers.AutoModelForCausalLM.from_config(config)
+        model = add_heads(plain, [plain.model.layers[-1].state_dict()] * (num_heads - 1))
+        for p in model.heads.layers[1:].parameters():
+            p.data.normal_(std=0.2)
+    else:
+        model = from_config(config, num_heads)
     for p in model.parameters():
         if p.ndim == 1:
             p.data += 0.2 * torch.randn_like(p)
@@ -153,7 +166,7 @@ def test_one_head_is_saved_without_a_heads_file(tmp_path):
 def test_heads_added_to_a_pretrained_model_are_copies_of_its_last_layer(saved, tmp_path):
     leave_heads = shutil.ignore_patterns(HEADS_FILE)
     shutil.copytree(saved.run_dir / "model", tmp_path / "plain", ignore=leave_heads)
-    model = load_mtp(tmp_path / "plain", num_heads=4, add_heads=True)
+    model = load_mtp(tmp_path / "plain", num_heads=4)
     with torch.no_grad():
         logits_BTV = read_plain(tmp_path / "plain")(X_BT).logits
         hidden_KBTD = model.hidden(X_BT, 4)
@@ -161,10 +174,53 @@ def test_heads_added_to_a_pretrained_model_are_copies_of_its_last_layer(saved, t
     assert torch.equal(hidden_KBTD, hidden_KBTD[:1].expand(4, -1, -1, -1))
     addresses = [p.data_ptr() for layer in model.heads.layers for p in layer.parameters()]
     assert len(set(addresses)) == len(addresses)  # copies, not the same tensors
-    refused(lambda: load_mtp(tmp_path / "plain", 3), "--num-heads 3", "1 head")
-    for folder, add_heads in ((saved.run_dir, False), (saved.run_dir / "model", True)):
-        call = functools.partial(load_mtp, folder, 4, add_heads)
-        refused(call, "--num-heads 4", "3 head(s)", without=[folder])
+    call = functools.partial(load_mtp, saved.run_dir, 4)
+    refused(call, "--num-heads 4", "3 heads", without=[saved.run_dir])
+
+
+# ---------------------------------------------------------------------------------- tokenizers
+TEXT = "def f(x):\n    return x + 1  # caf\u00e9 \u65e5\n"
+
+
+def own_tokenizer(folder):
+    """Write a BPE of words into the folder, as no family has it; returns it, of `tokenizers`."""
+    special = ["<pad>", "</s>", "<unk>"]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=90, special_tokens=special)
+    inner.train_from_iterator([TEXT.replace("x", "x y z")] * 3, trainer)
+    names = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+    fast.save_pretrained(folder)
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "own"])
+@pytest.mark.parametrize("family", ["Mistral", "Olmo2", "Phi3", "Granite", "Qwen2"])
+def test_tokenizer_that_was_saved_is_read_whatever_the_family(tmp_path, family, kind, capsys):
+    """transformers goes by the family: an error, or for Qwen2 other tokens."""
+    sizes = SIZES | dict(vocab_size=300, num_key_value_heads=4)
+    getattr(transformers, f"{family}Config")(**sizes).save_pretrained(tmp_path)
+    expected, entries = [byte + 3 for byte in TEXT.encode()], 259
+    if kind == "own":
+        own = own_tokenizer(tmp_path)
+        expected, entries = own.encode(TEXT).ids, own.get_vocab_size()
+    model, tokenizer = build_model(str(tmp_path / "config.json"), 2)
+    save_model(model, tokenizer, tmp_path / "run" / "model", Ranks())
+    for other in (tokenizer, build_model(str(tmp_path / "run"), 2)[1]):
+        assert other(TEXT, add_special_tokens=False)["input_ids"] == expected
+        assert other.eos_token_id == 1
+    said = [line for line in capsys.readouterr().out.splitlines() if f"{entries} entries" in line]
+    assert len(said) == 2 and all("300 rows" in line for line in said)  # once for each model
+
+
+def test_tokenizer_that_would_not_be_read_back_is_refused():
+    class ByT5Tokenizer(transformers.ByT5Tokenizer):  # saved under the name of another
+        def _tokenize(self, text):
+            return super()._tokenize(text.swapcase())
+
+    call = functools.partial(common.check_read_back, "some/model", ByT5Tokenizer(extra_ids=0))
+    refused(call, "--model some/model", "read back")
 
 
 # ------------------------------------------------------------------------------------ the loss
@@ -285,7 +341,9 @@ def test_half_precision_rounds_the_products_and_nothing_else(family, chunked):
 
 
 def test_recompute_runs_the_layers_it_names_twice_and_gives_equal_gradients(tmp_path):
-    make_config("gemma2", vocab_size=259 + 1023).save_pretrained(tmp_path)  # padded
+    one_kind = ["sliding_attention"] * 5
+    config = make_config("gemma2", vocab_size=259 + 1023, layer_types=one_kind)  # padded
+    config.save_pretrained(tmp_path)
     gradients = []
     for recompute, trunk_runs, head_runs in (("none", 1, 1), ("heads", 1, 2), ("all", 2, 2)):
         torch.manual_seed(0)
@@ -306,7 +364,8 @@ def test_recompute_runs_the_layers_it_names_twice_and_gives_equal_gradients(tmp_
 # ------------------------------------------------------------------------------------ refusals
 FOREIGN = {
     "cohere": lambda: transformers.CohereConfig(**SIZES, logit_scale=0.25),
-    "gpt2": lambda: transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=4),
+    "GPT2": lambda: transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=4),
+    "phi": lambda: transformers.PhiConfig(**SIZES),  # its lm_head has a bias
 }
 
 
@@ -316,7 +375,7 @@ def test_family_that_cannot_be_supported_is_refused_by_name(tmp_path, family):
     transformers.AutoModelForCausalLM.from_config(FOREIGN[family]()).save_pretrained(tmp_path)
     for name in (tmp_path / "config.json", tmp_path):
         call = functools.partial(build_model, str(name), 2)
-        refused(call, "--model", f"family {family}", without=[tmp_path])
+        refused(call, "--model", family, without=[tmp_path])
 
 
 FILE = "config.json"
@@ -326,6 +385,7 @@ REFUSED = [  # --model, changes to the llama in FILE (its tokenizer: bytes, 259)
     (FILE, {}, (5,), ("--num-heads 5", "4")),
     (FILE, {}, (2, 65), ("--seq-len 65", "64")),
     (FILE, dict(model_type="no_such_family"), (2,), ("--model",)),
+    (FILE, dict(model_type="gemma2"), (2,), ("--model", "sliding_attention", "layer_types")),
     ("nothing", {}, (2,), ("--model", "nothing")),
 ]
 
@@ -335,6 +395,18 @@ def test_what_does_not_fit_is_refused(tmp_path, name, changes, arguments, words)
     config = make_config("llama", vocab_size=259).to_dict()
     (tmp_path / FILE).write_text(json.dumps(config | changes))
     refused(lambda: build_model(str(tmp_path / name), *arguments), *words, without=[tmp_path])
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", HEADS_FILE])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, file, value):
+    save(make_model("llama", 2), tmp_path)
+    path = tmp_path / "model" / file
+    tensors = load_file(path)
+    name = [name for name in tensors if name.endswith("up_proj.weight")][-1]
+    tensors[name][3, 5] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    refused(lambda: load_mtp(tmp_path), "--model", name, "infinite")
 
 
 # ---------------------------------------------------------------------------------- curriculum
