@@ -318,20 +318,21 @@ class MTPModel(nn.Module):
         states = self.causal_lm.model(input_ids=x_BT, use_cache=False).last_hidden_state
         return states.view(num_heads, *x_BT.shape, -1)
 
-    def forward(self, x_BT, targets_KBT, with_correct=False):
+    def forward(self, x_BT, targets_KBT, also=None):
         """Cross entropy of each target, nats, fp32, `[K, B, T]`; 0 where the target is `IGNORE`.
 
-        Heads 1..K run, K being the first size of `targets_KBT`. With `with_correct` a second
-        `[K, B, T]` says where the most likely token is the target.
+        Heads 1..K run, K being the first size of `targets_KBT`. A second `[K, B, T]`, without
+        gradient, comes with `also="correct"` (1 where the most likely token is the target) or
+        `also="entropy"` (of the head's distribution, nats). The target's probability is exp(-loss).
         """
         hidden_ND = self.hidden(x_BT, targets_KBT.shape[0]).flatten(0, -2)
         weight_VD, targets_N = self.causal_lm.lm_head.weight, targets_KBT.flatten()
         if torch.is_autocast_enabled(hidden_ND.device.type):
             half = torch.get_autocast_dtype(hidden_ND.device.type)
             hidden_ND, weight_VD = hidden_ND.to(half), weight_VD.to(half)
-        values = token_losses(hidden_ND, weight_VD, targets_N, self.softcap, with_correct)
+        values = token_losses(hidden_ND, weight_VD, targets_N, self.softcap, also)
         values = [v.view(targets_KBT.shape).clone() for v in values]  # FSDP2 takes no views
-        return tuple(values) if with_correct else values[0]
+        return tuple(values) if also else values[0]
 
 
 def weights_of_targets(weight_BT, num_heads):
@@ -389,19 +390,27 @@ def active_heads(schedule, step, max_steps, num_heads):
 CHUNK_LOGITS = {"cpu": 2**23, "mps": 2**23, "cuda": 2**26}  # 32 and 256 MB (no GPU was tried)
 
 
-def token_losses(hidden_ND, weight_VD, targets_N, softcap, with_correct, chunk=None):
-    """Cross entropy `[N]` and, `with_correct`, where the most likely token is the target.
+def token_losses(hidden_ND, weight_VD, targets_N, softcap, also=None, chunk=None):
+    """Cross entropy `[N]`, and the figure `[N]` that `also` asks for.
 
     Logits that fit into one chunk (of tokens) are kept for the backward. Otherwise they exist a
     chunk at a time and the backward makes them again.
     """
     chunk = chunk or max(256, CHUNK_LOGITS[hidden_ND.device.type] // len(weight_VD))
     if len(targets_N) > chunk:
-        inputs = (hidden_ND, weight_VD, targets_N, softcap, chunk, with_correct)
-        return TokenLosses.apply(*inputs)[: 1 + with_correct]
+        values = TokenLosses.apply(hidden_ND, weight_VD, targets_N, softcap, chunk, also)
+        return values if also else values[:1]
     logits = logits_of(hidden_ND, weight_VD, softcap)
     loss_N = F.cross_entropy(logits, targets_N, ignore_index=IGNORE, reduction="none")
-    return (loss_N, logits.argmax(-1) == targets_N) if with_correct else (loss_N,)
+    return (loss_N, token_figure(also, logits.detach(), targets_N)) if also else (loss_N,)
+
+
+def token_figure(name, logits_NV, targets_N):
+    """`correct` or `entropy` (nats) of each token, `[N]`; 0 where there is no target."""
+    if name == "correct":
+        return (logits_NV.argmax(-1) == targets_N).float()
+    entropy_N = torch.special.entr(F.softmax(logits_NV, -1)).sum(-1)
+    return entropy_N.masked_fill(targets_N == IGNORE, 0.0)
 
 
 def logits_of(hidden_ND, weight_VD, softcap, buffer=None):
@@ -430,22 +439,22 @@ class TokenLosses(torch.autograd.Function):
         return mask_N.nonzero()[:, 0].split(chunk)
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N, softcap, chunk, with_correct):
+    def forward(ctx, hidden_ND, weight_VD, targets_N, softcap, chunk, also):
         total_N = hidden_ND.new_zeros(len(targets_N), dtype=torch.float32)  # log sum exp of logits
-        loss_N, correct_N = torch.zeros_like(total_N), torch.zeros_like(targets_N, dtype=torch.bool)
+        loss_N, figure_N = torch.zeros_like(total_N), torch.zeros_like(total_N)
         buffer = hidden_ND.new_empty(chunk * len(weight_VD))
         for rows in TokenLosses.chunks(targets_N != IGNORE, chunk):
             logits = logits_of(hidden_ND[rows], weight_VD, softcap, buffer)
-            if with_correct:
-                correct_N[rows] = logits.argmax(-1) == targets_N[rows]
+            if also:
+                figure_N[rows] = token_figure(also, logits, targets_N[rows])
             chosen = logits.gather(-1, targets_N[rows, None].clamp(min=0))[:, 0]
             largest = logits.amax(-1, keepdim=True)
             total_N[rows] = logits.sub_(largest).exp_().sum(-1).log_() + largest[:, 0]
             loss_N[rows] = total_N[rows] - chosen
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, total_N)
         ctx.softcap, ctx.chunk = softcap, chunk
-        ctx.mark_non_differentiable(correct_N)
-        return loss_N.masked_fill_(targets_N == IGNORE, 0.0), correct_N
+        ctx.mark_non_differentiable(figure_N)
+        return loss_N.masked_fill_(targets_N == IGNORE, 0.0), figure_N
 
     @staticmethod
     def backward(ctx, grad_N, _):
@@ -768,24 +777,22 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, ranks, score):
     siblings = [d["sibling"] or d["prompt"] for d in documents]
     sibling_N = np.unique(siblings, return_inverse=True)[1]
     tokenizer_key = _tokenizer_fingerprint(tokenizer)
-    has_rows_of_its_own = has_outcomes or any(documents["prompt"])
+    is_packed = not has_outcomes and not any(documents["prompt"])
 
     parts, fingerprints = {}, []
     for part, number_N, noise in (("training", train_N, noise_frac), ("held-out", heldout_N, 0.0)):
         chosen = documents.select(number_N)
         fingerprints.append(_fingerprint([_texts(document) for document in chosen]))
-        made_of = [fingerprints[-1], has_rows_of_its_own, tokenizer_key, seq_len, noise]
+        made_of = [fingerprints[-1], is_packed, tokenizer_key, seq_len, noise]
         key = _fingerprint(["rows 2", *made_of, seed if noise else 0])
-        rows = _pack(chosen, has_rows_of_its_own, tokenizer, seq_len, noise, seed, key)
+        rows = _pack(chosen, is_packed, tokenizer, seq_len, noise, seed, key)
         if len(rows) == 0:
             reason = f"no record fits --seq-len {seq_len}" if len(number_N) else "no document"
             raise UsageError(f"--data {name}: nothing for the {part} part ({reason})")
-        if has_rows_of_its_own:
+        if not is_packed:
             if lost := len(number_N) - len(rows):
-                reason = f"longer than --seq-len {seq_len} tokens"
-                ranks.print(
-                    f"data      left out {lost} of {len(number_N)} {part} records: {reason}"
-                )
+                number = f"{lost} of {len(number_N)} {part} records"
+                ranks.print(f"data      left out {number}: longer than --seq-len {seq_len} tokens")
             number_N = number_N[np.array(rows["document"][:]).max(1)]
         if has_outcomes:
             rows = rows.add_column("reward", reward_N[number_N])
@@ -1070,7 +1077,7 @@ def _split(documents, has_outcomes, seed, name):
     return np.flatnonzero(~is_heldout_N), np.flatnonzero(is_heldout_N)
 
 
-def _pack(documents, has_rows_of_its_own, tokenizer, seq_len, noise_frac, seed, key):
+def _pack(documents, is_packed, tokenizer, seq_len, noise_frac, seed, key):
     """Rows of the documents, built once, kept under `key` and memory-mapped.
 
     Texts stand one after the other, each ended by EOS, the last row padded; a record has a row of
@@ -1115,7 +1122,7 @@ def _pack(documents, has_rows_of_its_own, tokenizer, seq_len, noise_frac, seed, 
         encoded, tokens = iter(encode_spans(tokenizer, texts, is_chat)), [rest_4N]
         for document, number, own in zip(chosen, numbers, pieces):
             tokens_4N = tokens_of(document, number, own, [next(encoded) for _ in own])
-            if not has_rows_of_its_own:
+            if is_packed:
                 tokens.append(tokens_4N)
             elif tokens_4N.shape[1] <= seq_len:
                 tokens.append(padded(tokens_4N))
@@ -1778,7 +1785,7 @@ def evaluate_heldout(model, data, micro_batch_size, num_heads, ranks):
     sums_3K = torch.zeros(3, num_heads, dtype=torch.float64)
     for batch in heldout_batches(data, micro_batch_size, num_heads, ranks):
         with ranks.autocast():
-            loss_KBT, correct_KBT = model(batch.x_BT, batch.targets_KBT, with_correct=True)
+            loss_KBT, correct_KBT = model(batch.x_BT, batch.targets_KBT, "correct")
         figures = (loss_KBT, correct_KBT, batch.targets_KBT != IGNORE)
         sums_3K += torch.stack([values.sum((1, 2)).cpu().double() for values in figures])
     model.train()

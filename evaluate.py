@@ -124,7 +124,7 @@ def heldout_suite(model, tokenizer, data, args, ranks):
     num_heads, parts = len(model.heads.layers), []
     with torch.inference_mode():
         for batch in heldout_batches(data, args.batch_size, num_heads, ranks):
-            loss_KBT, acc_KBT = model(batch.x_BT, batch.targets_KBT, with_correct=True)
+            loss_KBT, acc_KBT = model(batch.x_BT, batch.targets_KBT, "correct")
             figures = (loss_KBT, acc_KBT, batch.targets_KBT != IGNORE)
             parts.append(torch.stack([values.cpu().double() for values in figures]))
     figures_3KBT = torch.cat(parts, 2)[:, :, : len(data.heldout)].numpy()

@@ -171,7 +171,7 @@ def heldout_losses(model, rows, numbers):
     for first in range(0, len(numbers), 32):
         batch = load_batch(rows, numbers[first : first + 32], 1, "cpu")
         with torch.no_grad():
-            loss, correct = model(batch.x_BT, batch.targets_KBT, with_correct=True)
+            loss, correct = model(batch.x_BT, batch.targets_KBT, "correct")
         yield batch, loss[0], correct[0]
 
 

@@ -301,17 +301,24 @@ def test_fewer_active_heads_are_the_first_ones():
         assert torch.equal(model(X_BT, TARGETS_KBT), full_KBT)  # and all of them come back
 
 
-def test_with_correct_says_where_the_most_likely_token_is_the_target(chunked):
+def test_figures_beside_the_loss(chunked):
+    """Where the most likely token is the target, and the entropy, from the same logits."""
     chunked(16)
     model, targets_KBT = make_model("gemma2", 3), TARGETS_KBT.clone()
-    best_KBT = oracle(model, targets_KBT, targets_KBT * 0)[1].argmax(-1)
-    even_KBT = (torch.arange(117).view(3, 3, 13) % 2 == 0) & (targets_KBT != IGNORE)
+    logits_KBTV = oracle(model, targets_KBT, targets_KBT * 0)[1]
+    best_KBT, is_valid_KBT = logits_KBTV.argmax(-1), targets_KBT != IGNORE
+    even_KBT = (torch.arange(117).view(3, 3, 13) % 2 == 0) & is_valid_KBT
     targets_KBT[even_KBT] = best_KBT[even_KBT]
-    with torch.no_grad():
-        loss_KBT, correct_KBT = model(X_BT, targets_KBT, with_correct=True)
-        assert torch.equal(loss_KBT, model(X_BT, targets_KBT))
-    assert torch.equal(correct_KBT.bool(), best_KBT == targets_KBT)
-    assert 5 < correct_KBT.sum() < (targets_KBT != IGNORE).sum()
+    entropy_KBT = torch.distributions.Categorical(logits=logits_KBTV).entropy() * is_valid_KBT
+    for _ in range(2):
+        loss_KBT, correct_KBT = model(X_BT, targets_KBT, "correct")
+        other_KBT, own_KBT = model(X_BT, targets_KBT, "entropy")
+        assert torch.equal(loss_KBT, model(X_BT, targets_KBT)) and torch.equal(loss_KBT, other_KBT)
+        assert torch.equal(correct_KBT.bool(), best_KBT == targets_KBT)
+        torch.testing.assert_close(own_KBT, entropy_KBT.float(), rtol=1e-4, atol=1e-4)
+        assert not (correct_KBT.requires_grad or own_KBT.requires_grad)
+        chunked(4096)  # then all logits in one
+    assert 5 < correct_KBT.sum() < is_valid_KBT.sum()
 
 
 def test_no_valid_target_at_all_gives_zero_loss_and_gradient(chunked):
