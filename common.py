@@ -741,7 +741,9 @@ def load_data(name, tokenizer, seq_len, seed, noise_frac, ranks, score=None):
     Args:
         name: a preset, a file, a glob, a URL, a folder of texts, or a hub name. Rows of JSON, CSV
             and Parquet have `text` or `content`; or `prompt` and `completion` (texts, or messages
-            for the tokenizer's chat template) and, where it is known, `reward` from 0 to 1.
+            for the tokenizer's chat template) and, where it is known, `reward` from 0 to 1; or
+            `messages`, of which each turn of the assistant is a completion; or `instruction`,
+            `input` and `output`.
         seed: fixes which documents are held out. `stdlib:a` and `stdlib:b` train on one half each
             of what `stdlib` trains on with seed 0, and hold out the same, whatever the seed.
         noise_frac: share of the non-blank training lines replaced by random printable characters.
@@ -869,7 +871,8 @@ def _read_documents(name, tokenizer, ranks):
 
         def documents():
             for number, row in rows:
-                yield DOCUMENT | _document(row, f"--data {name}: row {number}", tokenizer)
+                for turn in _turns(row):
+                    yield DOCUMENT | _document(turn, f"--data {name}: row {number}", tokenizer)
 
         types = {str: "large_string", float: "float64", int: "int64", bool: "bool"}
         features = {c: datasets.Value(types[type(value)]) for c, value in DOCUMENT.items()}
@@ -959,11 +962,24 @@ def _file_rows(file):
     return rows
 
 
+def _turns(row):
+    """A row as it is; one of `messages` as a row for each of the assistant's turns."""
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(messages, list):
+        return [row]
+    numbers = [n for n, message in enumerate(messages) if message.get("role") == "assistant"]
+    return [{**row, "prompt": messages[:n], "completion": [messages[n]]} for n in numbers]
+
+
 def _document(row, place, tokenizer):
     """A row as a document, with those columns of DOCUMENT that it has; `place` is for messages."""
     names = sorted(map(str, row)) if isinstance(row, dict) else [type(row).__name__]
     if {"task_id", "text", "code", "test_list"} <= set(names):
         return mbpp_record(row)
+    if {"instruction", "output"} <= set(names):  # Alpaca's columns
+        question = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
+        row = {**row, "prompt": question + "\n", "completion": row["output"]}
+        names += ["prompt", "completion"]
     layouts = [("prompt", "completion"), ("text",), ("content",)]
     layout = next((columns for columns in layouts if set(columns) <= set(names)), None)
     if layout is None or "None" in names:  # csv: None holds the cells that have no column

@@ -389,26 +389,37 @@ CHAT = "{% for m in messages %}<bos>{{ m.role }}:{{ m.content }}<eos>\n{% endfor
 CHAT += "{% if add_generation_prompt %}<bos>assistant:{% endif %}"
 
 
+def message(role, content):
+    return dict(role=role, content=content)
+
+
 def test_messages_go_through_the_chat_template(tmp_path):
+    """Prompt and completion as messages, and whole conversations: each answer is a completion."""
     tokenizer = fast_tokenizer("<bos> $A")
-    records = [
-        dict(
-            prompt=[dict(role="user", content=f"{n}?")],
-            completion=[dict(role="assistant", content="é")],
-        )
-        for n in range(5)
-    ]
+    turns = [[message("user", f"{n}?")] for n in range(5)]
+    answer = [message("assistant", "é")]
+    records = [dict(prompt=turn, completion=answer) for turn in turns]
+    records += [dict(messages=[message("user", "x"), *answer, message("user", "y"), *answer])]
     file = write(tmp_path / "a.jsonl", records)
     refused(lambda: load(file, tokenizer), "row 1: holds messages", "--model has no chat template")
     tokenizer.chat_template = CHAT
-    loaded = load(file, tokenizer, seq_len=60)
-    texts = []
+    loaded, prompts = load(file, tokenizer, seq_len=90), []
     for rows in (loaded.train, loaded.heldout):
         for ids, is_target in zip(runs_of(rows), runs_of(rows, "is_target")):
-            texts.append(tokenizer.decode(ids[~is_target]))
-            assert tokenizer.decode(ids[is_target]) == "é<eos>" and (ids == 1).sum() == 2
-    expected = [f"<bos>user:{n}?<eos>\n<bos>assistant:" for n in range(5)]
-    assert sorted(texts) == expected
+            prompts.append(tokenizer.decode(ids[~is_target]))
+            assert tokenizer.decode(ids[is_target]) == "é<eos>" and ids[-1] == 1 != ids[-2]
+    asked, start = "<bos>user:{}<eos>\n", "<bos>assistant:"
+    expected = [asked.format(f"{n}?") + start for n in range(5)] + [asked.format("x") + start]
+    expected += [asked.format("x") + start + "é<eos>\n" + asked.format("y") + start]
+    assert sorted(prompts) == sorted(expected)
+
+
+def test_columns_of_alpaca(tmp_path):
+    records = [dict(instruction=f"do {n}", input="", output=f"{n}") for n in range(4)]
+    records += [dict(instruction=f"do {n}", input="with", output=f"{n}") for n in range(4, 8)]
+    loaded = load(write(tmp_path / "a.jsonl", records))
+    expected = {(f"do {n}\n" + "with\n" * (n > 3), f"{n}") for n in range(8)}
+    assert set(records_of(loaded.train) + records_of(loaded.heldout)) == expected
 
 
 # -------------------------------------------------------------------------- records with outcomes
