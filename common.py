@@ -1212,14 +1212,15 @@ def _pieces(document, noise_frac, key):
 
 
 @functools.lru_cache(maxsize=2)
-def _epoch_order(num_rows, seed, epoch):
+def epoch_order(num_rows, seed, epoch):
+    """Numbers of all rows in the order of an epoch (0-based), `[N]`."""
     return np.random.default_rng((seed, epoch)).permutation(num_rows)
 
 
 def batch_rows(num_rows, batch_size, seed, step):
     """Numbers of the rows of update `step` (0-based), `[B]`; every row comes once an epoch."""
     epochs, places = divmod(np.arange(step * batch_size, (step + 1) * batch_size), num_rows)
-    return np.array([_epoch_order(num_rows, seed, int(e))[p] for e, p in zip(epochs, places)])
+    return np.array([epoch_order(num_rows, seed, int(e))[p] for e, p in zip(epochs, places)])
 
 
 @dataclasses.dataclass

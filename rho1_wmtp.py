@@ -49,9 +49,10 @@ from sklearn.metrics import roc_auc_score
 
 from common import IGNORE, Run, Sums, UsageError, active_heads, bounded_softmax, build_model
 from common import check_ranges, clip_gradients, control_weights, count_targets, describe
-from common import evaluate_heldout, first_line, learning_rate, load_batch, load_data, load_mtp
-from common import load_tokenizer, make_optimizer, max_positions, micro_batch_rows, micro_batches
-from common import model_dir, run_script, set_gradient_sync, setup_ranks, shard, weights_of_targets
+from common import epoch_order, evaluate_heldout, first_line, learning_rate, load_batch, load_data
+from common import load_mtp, load_tokenizer, make_optimizer, max_positions, micro_batch_rows
+from common import micro_batches, model_dir, run_script, set_gradient_sync, setup_ranks, shard
+from common import weights_of_targets
 
 # Shapes: B sequences, T positions, K heads, R ranks, N valid targets of head 1 in a micro-step over
 # all ranks, in the order rank, row, position: the same order on any number of ranks.
@@ -186,7 +187,7 @@ def rho1_metrics(figures, args):
     `rho1/noise_auc`: probability that a noise token scores lower than a clean one.
     """
     score_N, weight_N, kept_N, loss_N, ref_N, noise_N = torch.cat(figures, 1).cpu().double()
-    if len(score_N) == 0 or not score_N.isfinite().all():
+    if len(score_N) == 0 or args.lambda_ == 1 or not score_N.isfinite().all():
         return {}
     selected_N = select(score_N, args.skip_ratio)
     untrained_N = select(-ref_N, args.skip_ratio)
@@ -205,8 +206,9 @@ def rho1_metrics(figures, args):
 class Reference:
     """Losses of the reference's head 1 on this run's tokens, from a file made once, or online.
 
-    The file lies beside the packed rows and is named after them, the reference's weights and the
-    type of the products: float32 `[rows, T]`, 0 where there is no target.
+    The file lies beside the packed rows and is named after them, the rows that this run visits, the
+    reference's weights and the type of the products: float32 `[rows, T]`, 0 elsewhere. With
+    --lambda 1 nothing uses them: they are 0.
 
     Raises:
         UsageError: no model that can be read, or its losses would be of other tokens.
@@ -228,6 +230,9 @@ class Reference:
         if max_positions(text) < args.seq_len:
             longest = f"has positions for {max_positions(text)} tokens"
             raise UsageError(f"{flag}: {longest}, fewer than --seq-len {args.seq_len}")
+        if model_dir(args.model) == self.folder:
+            reason = "is the start of this run too, so every excess loss would be 0"
+            raise UsageError(f"{flag}: {reason}; name another model")
         weights = [f for f in Path(self.folder).glob("*") if f.suffix in (".safetensors", ".bin")]
         if Path(self.folder).is_dir() and not weights:
             raise UsageError(f"{flag}: {self.folder} holds no weights")
@@ -239,11 +244,14 @@ class Reference:
 
     def prepare(self, data):
         """Compute the file where it is missing, each rank its share of the rows, and map it."""
-        if self.args.ref_online:
-            return self.load()
-        ranks, rows = self.ranks, data.train
+        args, ranks, rows = self.args, self.ranks, data.train
+        if args.ref_online or args.lambda_ == 1:
+            return self.load() if args.lambda_ < 1 else None
+        visited_N = epoch_order(len(rows), args.seed, 0)[: args.max_steps * args.batch_size]
         source = Path(rows.cache_files[0]["filename"])
         key = f"{rows._fingerprint}-{self.fingerprint}-{str(ranks.dtype)[6:]}"
+        if len(visited_N) < len(rows):
+            key += f"-s{args.seed}-{len(visited_N)}"
         file = source.with_name(f"{source.stem}-{key}.npy")
         if not ranks.broadcast(file.exists()):
             shape = (len(rows), self.args.seq_len)
@@ -251,16 +259,18 @@ class Reference:
             if ranks.rank == 0:
                 np.lib.format.open_memmap(part, "w+", np.float32, shape)
             ranks.barrier()
-            ranks.print(f"reference losses of {len(rows):,} rows are computed once, into {file}")
+            ranks.print(f"reference losses of {len(visited_N):,} rows, computed once: {file}")
+            began = time.perf_counter()
             self.load()
             losses = np.lib.format.open_memmap(part, "r+")
             block_size = max(1, 8192 // self.args.seq_len)
-            blocks = np.array_split(np.arange(len(rows)), math.ceil(len(rows) / block_size))
+            blocks = np.array_split(np.sort(visited_N), math.ceil(len(visited_N) / block_size))
             for number in range(ranks.rank, len(blocks), ranks.world_size):
                 batch = load_batch(rows, blocks[number], 1, ranks.device)
                 losses[blocks[number]] = self.online(batch).cpu().numpy()
             losses.flush()
             ranks.barrier()
+            ranks.print(f"          took {time.perf_counter() - began:.0f} s")
             if ranks.rank == 0:
                 part.replace(file)
             ranks.barrier()
@@ -279,6 +289,8 @@ class Reference:
 
     def __call__(self, batch):
         """Losses at the training rows of a batch, nats, `[B, T]`."""
+        if self.args.lambda_ == 1:
+            return torch.zeros_like(batch.x_BT, dtype=torch.float32)
         if self.args.ref_online:
             return self.online(batch)
         return torch.from_numpy(self.losses[batch.rows_B]).to(batch.x_BT.device)

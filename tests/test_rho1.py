@@ -140,7 +140,8 @@ def test_lambda_1_and_no_skipping_are_the_baseline_to_the_last_bit(rho1, tmp_pat
     assert run_rho1(rho1, tmp_path / "run", **changes) == 0
     own = ("rho1/", "weights/on_", "perf/")
     assert metrics_of(tmp_path / "run", own) == metrics_of(rho1 / "baseline")
-    assert "rho1/excess_mean" in metrics_of(tmp_path / "run")[0]
+    has_figures = "rho1/excess_mean" in metrics_of(tmp_path / "run")[0]
+    assert has_figures == (changes["lambda_"] < 1)  # at lambda 1 no reference is computed
     assert same_tensors(weights_of(tmp_path / "run"), weights_of(rho1 / "baseline"))
 
 
@@ -253,6 +254,15 @@ def test_reference_losses_over_two_ranks_are_those_of_one(rho1, tmp_path, monkey
     assert all(torch.equal(two_BT, one_BT) for two_BT in on_ranks(losses_on_rank, rho1))
 
 
+def test_only_rows_that_the_run_visits_get_reference_losses(rho1):
+    whole, data = reference_of(rho1, max_steps=10**6)
+    part, _ = reference_of(rho1, max_steps=2, batch_size=4, seed=3)
+    assert part.losses.shape == whole.losses.shape and len(data.train) > 16
+    visited = np.concatenate([batch_rows(len(data.train), 4, 3, step) for step in (0, 1)])
+    assert set(np.flatnonzero(part.losses[:].any(1))) == set(visited.tolist())
+    assert np.allclose(part.losses[visited], whole.losses[visited], rtol=1e-5, atol=1e-5)
+
+
 def test_another_reference_on_resume_is_refused(rho1, tmp_path):
     run = dict(ref_model=tmp_path / "reference", max_steps=1)
     shutil.copytree(rho1 / "reference", tmp_path / "reference")
@@ -286,6 +296,7 @@ BAD = [
     (dict(ref_model=""), ["--ref-model", "baseline_mtp.py --data stdlib:b"]),
     (dict(ref_model="{folder}/words"), ["--ref-model", "tokenizer"]),
     (dict(ref_model="{folder}/short"), ["--ref-model", "16 tokens", "--seq-len 32"]),
+    (dict(ref_model="{folder}/start", model="{folder}/start"), ["is the start of this run too"]),
     (dict(skip_ratio=1.0), ["--skip-ratio 1.0", "below 1"]),
 ]
 
@@ -297,7 +308,10 @@ def test_bad_input_is_refused_in_one_line(rho1, tmp_path, changes, words):
     for name, change in changed.items():
         transformers.LlamaConfig(**CONFIG | change).save_pretrained(tmp_path / name)
     transformers.ByT5Tokenizer(extra_ids=1).save_pretrained(tmp_path / "words")  # a token more
-    if "ref_model" in changes:
-        changes = changes | dict(ref_model=changes["ref_model"].format(folder=tmp_path))
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).save_pretrained(
+        tmp_path / "start"
+    )
+    values = changes.items()
+    changes = {k: v.format(folder=tmp_path) if isinstance(v, str) else v for k, v in values}
     refused(lambda: run_rho1(rho1, tmp_path / "run", **changes), *words)
     assert not (tmp_path / "run/args.json").exists()
