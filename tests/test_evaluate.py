@@ -193,7 +193,7 @@ def test_programs_are_scored_and_pass_at_k_is_unbiased(problems, tmp_path):
     passed = json.loads((tmp_path / "e" / "items.json").read_text())["mbpp"]
     assert passed["2"] == [True, False, False, False]
     verdicts = evaluate.read_lines(tmp_path / "e" / "mbpp-verdicts.jsonl")
-    assert len(verdicts) == 5  # equal programs of a task ran once
+    assert len(verdicts) == 6  # equal programs of a task ran once, and a reference
     write_lines(problems, [task | {"test_list": ["assert False"]} for task in TASKS])
     run(**options, k=[1], out=tmp_path / "e")
     again = results_of(tmp_path / "e")  # verdicts count for their own tests only
