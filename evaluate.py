@@ -431,15 +431,20 @@ for call, *args in calls:
 
 
 def same_output(text, expected):
-    """Whether two outputs agree by CodeContests' own tester (`ValuesMatch`, tester_sandboxer.cc):
-    token by token, case folded, numbers within 1e-5 (absolute)."""
+    """Whether two outputs agree by CodeContests' own tester (`OutputsMatch`, tester_sandboxer.cc).
+
+    Tokens are split at white space, and ASCII letters are folded. There must be as many, and each
+    pair must be equal or two numbers less than 1e-5 apart (absolute; NaN or 1e400 is near nothing).
+    """
 
     def agree(a, b):
         with contextlib.suppress(ValueError):
-            return a == b or ("_" not in a + b and abs(float(a) - float(b)) < 1e-5)
+            if b"_" not in a + b:  # Python alone reads 1_0 as a number
+                return abs(float(a) - float(b)) < 1e-5
+        return a == b
 
-    tokens, wanted = text.lower().split(), expected.lower().split()
-    return len(tokens) == len(wanted) and all(map(agree, tokens, wanted))
+    tokens, wanted = (one.encode(errors="replace").lower().split() for one in (text, expected))
+    return tokens == wanted or (len(tokens) == len(wanted) and all(map(agree, tokens, wanted)))
 
 
 def run_inside():
