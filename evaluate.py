@@ -355,11 +355,12 @@ def sample_programs(suite, problems, model, tokenizer, args, file):
 def run_programs(suite, programs, sandbox, args, file):
     """Kinds of verdict on `programs`, `[(problem, source)]`: a Series with task ids as its index.
 
-    Equal programs run once; `file` keeps the verdicts: what it holds does not run again.
+    Equal programs run once. `file` keeps the verdicts: what it holds does not run again, except
+    time-outs by the clock, which may be those of a busy machine.
     """
     setting = [args.timeout, args.sandbox, sorted(args.allow), sys.version]
     keys = [digest([problem.fingerprint, source, setting]) for problem, source in programs]
-    kinds = {record["key"]: record["kind"] for record in read_lines(file)}
+    kinds = {r["key"]: r["kind"] for r in read_lines(file) if r["why"] != "timed out"}
     jobs = {key: program for key, program in zip(keys, programs) if key not in kinds}
     verdicts = sandbox.run_all(jobs)
     for key, (kind, why) in tqdm(verdicts, f"{suite} programs", len(jobs), mininterval=10):
@@ -593,7 +594,7 @@ class Sandbox:
         with ThreadPoolExecutor(self.workers) as pool:
             verdicts = pool.map(self.run, *zip(*jobs.values()))
             for key, verdict in zip(jobs, verdicts):
-                if verdict.kind == "timed out" and "CPU" not in verdict.why:
+                if verdict.why == "timed out":
                     late.append(key)
                 else:
                     yield key, verdict

@@ -213,6 +213,20 @@ def test_problems_whose_tests_cannot_run_are_named_and_not_counted(problems, tmp
     assert "6 left out: its tests cannot run here" in capsys.readouterr().out
 
 
+def test_time_outs_by_the_clock_run_again_with_the_same_command(problems, tmp_path, capsys):
+    """The verdicts of a busy machine: a reference and a program that are right."""
+    right = [dict(task_id=task["task_id"], solution=task["code"] + "\n") for task in TASKS]
+    options = dict(suites=["mbpp"], problems=problems, k=[1], out=tmp_path / "e")
+    options["solutions"] = write_lines(tmp_path / "mine.jsonl", right)
+    run(**options)
+    file = tmp_path / "e" / "mbpp-verdicts.jsonl"
+    file.write_text(file.read_text().replace('"passed"', '"timed out"'))
+    run(**options)
+    assert results_of(tmp_path / "e")["mbpp/pass@1"] == 1
+    assert results_of(tmp_path / "e")["mbpp/timed_out"] == 0
+    assert "reference of" not in capsys.readouterr().out
+
+
 # -------------------------------------------------------------------------------------- sampling
 SAMPLING = dict(suites=["mbpp"], shots=0, n=4, k=[1], max_new_tokens=16, batch_size=2)
 
