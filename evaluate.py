@@ -293,13 +293,27 @@ def make_problem(suite, r, shown):
     return problem
 
 
+def read_json(file):
+    """The object in a JSON file; {} where there is no file. Raises UsageError: a corrupt file."""
+    try:
+        return {**json.loads(file.read_bytes())} if file.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{file}: cannot be read ({first_line(error)}); move it away") from None
+
+
 def read_lines(file):
     """Objects of a file that grows by JSON lines; a last line that a kill cut short goes."""
     content = file.read_bytes() if file.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        file.write_bytes(whole)
-    return [json.loads(line) for line in whole.splitlines()]
+    whole, _, rest = content.rpartition(b"\n")
+    try:
+        records = [{**json.loads(line)} for line in whole.splitlines()]
+        if rest and not rest.startswith(b"{"):
+            raise ValueError("the last line is no object")
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{file}: cannot be read ({first_line(error)}); move it away") from None
+    if rest:
+        file.write_bytes(content.removesuffix(rest))
+    return records
 
 
 def read_solutions(args, problems):
@@ -674,9 +688,9 @@ def find_run(args):
     if not args.run_dir and not finished:
         raise UsageError("--run-dir: no finished run in runs/ yet; or name a checkpoint by --model")
     run_dir = Path(args.run_dir or finished[-1].parent)
-    if not (run_dir / "args.json").exists():
+    record = read_json(run_dir / "args.json")
+    if not record:
         raise UsageError(f"--run-dir {run_dir}: no args.json; a plain checkpoint goes to --model")
-    record = json.loads((run_dir / "args.json").read_text())
     if not (run_dir / "model").is_dir():
         text = f"not finished; `python {record['command']}` continues it"
         raise UsageError(f"--run-dir {run_dir}: {text}")
@@ -806,8 +820,7 @@ def compare_runs(names):
         if not (folder / "results.json").exists():
             text = f"not evaluated yet; python evaluate.py --run-dir {shlex.quote(name)}"
             raise UsageError(f"--compare {name}: {text}")
-        files = [folder / f"{part}.json" for part in ("results", "items")]
-        runs[name] = {f.stem: json.loads(f.read_text()) for f in files if f.exists()}
+        runs[name] = {part: read_json(folder / f"{part}.json") for part in ("results", "items")}
     first, *others = names
     keys = [key for key in runs[first]["results"] if re.fullmatch(wanted, key)]
     columns = {first: pd.Series(runs[first]["results"]).reindex(keys)}
@@ -840,13 +853,17 @@ def evaluate(args, problems, sandbox, ranks):
 
     out = Path(args.out or (run_dir / "eval" if run_dir else f"eval/{Path(name).stem}"))
     files = [out / "results.json", out / "items.json"]
-    results, items = (json.loads(file.read_text()) if file.exists() else {} for file in files)
+    results, items = map(read_json, files)
     fingerprint = fingerprint_of(Path(model_dir(name)))
     if results.setdefault("fingerprint", fingerprint) != fingerprint:
         text = f"holds the results of other weights or solutions ({results['subject']})"
         raise UsageError(f"--out {out}: {text}; name another folder")
     results.update(subject=name, suites=results.get("suites", {}))
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise UsageError(f"--out {out}: {error.strerror}; name another folder") from None
 
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     source = dict(command=command, seed=args.seed, dtype=args.dtype, device=ranks.device.type)

@@ -438,3 +438,30 @@ def test_what_does_not_fit_the_run_is_refused(trained, tmp_path):
         options = dict(suites=["heldout"], out=tmp_path / "e")
         refused(lambda values=values, options=options: run(**values, **options), word)
     assert not (tmp_path / "e").exists()
+
+
+CORRUPT = {"results.json": ["[]", '{"suites": '], "items.json": ["\x00"]}
+CORRUPT["mbpp-verdicts.jsonl"] = ["no JSON\n{}\n", "neither JSON nor a whole line"]
+
+
+@pytest.mark.parametrize(
+    "name, text", [(n, text) for n, texts in CORRUPT.items() for text in texts]
+)
+def test_corrupt_results_stay_as_they_are(name, text, problems, tmp_path):
+    file = write_lines(tmp_path / "mine.jsonl", [dict(task_id=2, solution="x")])
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / name).write_text(text)
+    options = dict(suites=["mbpp"], problems=problems, solutions=file, out=tmp_path / "e")
+    refused(lambda: run(**options), f"{tmp_path / 'e' / name}: cannot be read")
+    assert [(f.name, f.read_text()) for f in (tmp_path / "e").iterdir()] == [(name, text)]
+    if name == "results.json":
+        refused(lambda: run(compare=[str(tmp_path / "e")]), "cannot be read")
+
+
+def test_an_out_that_cannot_be_written_is_refused(problems, tmp_path):
+    """A file in place of the folder, and a folder that takes no files."""
+    file = write_lines(tmp_path / "mine.jsonl", [dict(task_id=2, solution="x")])
+    options, before = dict(suites=["mbpp"], problems=problems, solutions=file), file.read_text()
+    for out in (file, Path("/proc/self")):
+        refused(lambda out=out: run(**options, out=out), f"--out {out}: ", "another folder")
+    assert file.read_text() == before
