@@ -897,6 +897,8 @@ def evaluate(args, problems, sandbox, ranks):
 
 
 def main(args):
+    with contextlib.suppress(AttributeError):  # a notebook's stream encodes all
+        sys.stdout.reconfigure(errors="backslashreplace")
     if args.compare:
         return compare_runs(args.compare)
     ranks = setup_ranks(args.device, args.dtype)
