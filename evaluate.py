@@ -774,6 +774,9 @@ def weighted_text(run_dir, tokenizer):
 
 
 # ------------------------------------------------------------------------------------ comparison
+LEAST = 10  # documents or problems that an interval rests on
+
+
 def summands(run, key):
     """A figure as sum / sum over documents or problems: `(basis, upper_D, lower_D)`.
 
@@ -792,16 +795,20 @@ def summands(run, key):
 
 
 def difference(first, other, key):
-    """Difference other - first of a figure, the ends of its 95 % interval, and D; NaN and 0 where
-    the two do not compare. Paired percentile bootstrap (Efron 1979) over documents or problems.
+    """Difference other - first of a figure, the ends of its 95 % interval, and D.
+
+    Paired percentile bootstrap (Efron 1979) over documents or problems. NaN and 0 where the two do
+    not compare; below LEAST documents or problems the ends are NaN.
     """
     values = [run["results"].get(key, math.nan) for run in (first, other)]
     if key.startswith("speed/") or math.isnan(sum(values)):
         return math.nan, math.nan, math.nan, 0
     basis, upper_D, lower_D = summands(first, key)
     other_basis, other_D, _ = summands(other, key)
-    if basis != other_basis or len(lower_D) < 2:
+    if basis != other_basis:
         return math.nan, math.nan, math.nan, 0
+    if len(lower_D) < LEAST:
+        return values[1] - values[0], math.nan, math.nan, len(lower_D)
 
     def ratio(change_D, lower_D, axis):
         return change_D.sum(axis) / lower_D.sum(axis)
@@ -813,24 +820,32 @@ def difference(first, other, key):
 
 
 def compare_runs(names):
-    """Print evaluated runs side by side, with differences to the first."""
-    runs, wanted = {}, r"heldout/((loss|acc)_head_\d+|bits_per_byte)|\w+/pass@\d+|speed/speedup.*"
+    """Print evaluated runs side by side: differences to the first, arguments that differ."""
+    runs, columns, arguments = [], {}, {}
     for name in names:
         folder = Path(name) if (Path(name) / "results.json").exists() else Path(name) / "eval"
         if not (folder / "results.json").exists():
             text = f"not evaluated yet; python evaluate.py --run-dir {shlex.quote(name)}"
             raise UsageError(f"--compare {name}: {text}")
-        runs[name] = {part: read_json(folder / f"{part}.json") for part in ("results", "items")}
-    first, *others = names
-    keys = [key for key in runs[first]["results"] if re.fullmatch(wanted, key)]
-    columns = {first: pd.Series(runs[first]["results"]).reindex(keys)}
-    for name in others:
-        columns[name] = pd.Series(runs[name]["results"]).reindex(keys)
-        rows = zip(*(difference(runs[first], runs[name], key) for key in keys))
-        for title, values in zip(("difference", "low", "high", "D"), rows):
-            columns[f"{name} {title}"] = pd.Series(values, keys)
+        runs.append({part: read_json(folder / f"{part}.json") for part in ("results", "items")})
+    wanted = r"heldout/((loss|acc)_head_\d+|bits_per_byte)|\w+/pass@\d+|speed/speedup.*"
+    keys = [key for key in runs[0]["results"] if re.fullmatch(wanted, key)]
+    for number, (name, run) in enumerate(zip(names, runs)):
+        label = f"[{number}]"
+        say(label, name)
+        columns[label] = pd.Series(run["results"]).reindex(keys)
+        if number > 0:
+            rows = zip(*(difference(runs[0], run, key) for key in keys))
+            for title, values in zip(("-[0]", " low", " high", " D"), rows):
+                columns[label + title] = pd.Series(values, keys)
+        arguments[label] = pd.json_normalize(run["results"].get("arguments", {})).T.map(str)[0]
     print(pd.DataFrame(columns).to_string(float_format="{:.4f}".format, na_rep="-"))
-    say("-", "no fair difference: other held-out text, tokenizer, --seq-len or problems; speed-ups")
+    say("D", f"documents or problems that an interval rests on; none below {LEAST}")
+    say("-", "not compared: speed-ups; other text, tokenizer, --seq-len or problems")
+    settings = pd.DataFrame(arguments)
+    known = settings.notna().all(axis=1) | settings.index.str.startswith("training.")
+    differing = settings[known & (settings.nunique(axis=1, dropna=False) > 1)]
+    print(differing.to_string(na_rep="-") if len(differing) else "no argument differs")
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -867,6 +882,8 @@ def evaluate(args, problems, sandbox, ranks):
 
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     source = dict(command=command, seed=args.seed, dtype=args.dtype, device=ranks.device.type)
+    arguments = results.setdefault("arguments", {})
+    arguments["training"] = {**record.get("args", {}), "run_dir": ""}
     source.update(threads=torch.get_num_threads(), versions=versions(), **depends)
     source.update(git_state([Path(__file__), Path(__file__).with_name("common.py")]))
     for suite in args.suites:  # what is not measured again stays
@@ -880,6 +897,7 @@ def evaluate(args, problems, sandbox, ranks):
             metrics, items[suite], how["problems"] = program_suite(suite, *options)
         results = {key: value for key, value in results.items() if not key.startswith(f"{suite}/")}
         results["suites"][suite] = how
+        arguments[suite] = {**vars(args), "run_dir": "", "model": "", "suites": [], "out": ""}
         results.update(metrics)
         for file, value in zip(files, (results, items)):
             write_whole(file, json.dumps(value, indent=1))

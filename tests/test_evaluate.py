@@ -357,7 +357,8 @@ def an_evaluation(level, tokens_per_byte=1.0, **how):
     return dict(results=results, items={"heldout": items})
 
 
-def test_intervals_equal_those_of_all_resamples_of_six_documents():
+def test_intervals_equal_those_of_all_resamples_of_six_documents(monkeypatch):
+    monkeypatch.setattr(evaluate, "LEAST", 6)
     rng = np.random.default_rng(1)
     level = rng.normal(2, 0.5, 6)  # documents differ much more than the runs do
     first, other = an_evaluation(level), an_evaluation(level + rng.normal(0.1, 0.05, 6))
@@ -376,7 +377,7 @@ def test_intervals_equal_those_of_all_resamples_of_six_documents():
 
 
 def test_bits_per_byte_compare_across_tokenizers_and_losses_do_not():
-    level = np.random.default_rng(2).normal(2, 0.5, 9)
+    level = np.random.default_rng(2).normal(2, 0.5, 10)
     first = an_evaluation(level)
     other = an_evaluation(2 * level + 0.1, tokens_per_byte=0.5, tokenizer="w")
     change, low, high, _ = evaluate.difference(first, other, "heldout/bits_per_byte")
@@ -393,22 +394,35 @@ def test_pass_at_k_is_compared_problem_by_problem():
         results["humaneval/pass@1"] = sum(right) / n / len(right)
         return dict(results=results, items={"humaneval": programs})
 
-    first, other = evaluation([0, 1, 2, 4, 0]), evaluation([1, 1, 4, 3, 0])
+    first, other = evaluation([0, 1, 2, 4, 0] * 2), evaluation([1, 1, 4, 3, 0] * 2)
     change, low, high, count = evaluate.difference(first, other, "humaneval/pass@1")
-    assert change == pytest.approx(0.1) and count == 5 and low < change < high
-    for changed in (evaluation([1, 1, 4, 3]), evaluation([1, 1, 4, 3, 0], problems="q")):
+    assert change == pytest.approx(0.1) and count == 10 and low < change < high
+    few = [evaluation(right) for right in ([0, 1, 2, 4, 0], [1, 1, 4, 3, 0])]
+    change, low, high, count = evaluate.difference(*few, "humaneval/pass@1")
+    assert change == pytest.approx(0.1) and count == 5 and np.isnan([low, high]).all()
+    for changed in (evaluation([1, 1, 4, 3] * 2), evaluation([1, 1, 4, 3, 0] * 2, problems="q")):
         assert np.isnan(evaluate.difference(first, changed, "humaneval/pass@1")[0])
 
 
 def test_runs_side_by_side(trained, evaluated, tmp_path, capsys):
     """The second is of another --seq-len: its losses do not compare, its bits do."""
-    run(run_dir=trained, suites=["heldout"], seq_len=32, out=tmp_path)
+    shutil.copytree(trained, tmp_path / "other")
+    record = json.loads((trained / "args.json").read_text())
+    record["args"]["lr"] = 0.5
+    (tmp_path / "other" / "args.json").write_text(json.dumps(record))
+    options = dict(seq_len=32, speed_prompts=3, speed_tokens=24, rounds=1)
+    run(run_dir=tmp_path / "other", suites=["heldout"], out=tmp_path, **options)
     capsys.readouterr()
     run(compare=[str(evaluated), str(tmp_path)])
-    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    printed = capsys.readouterr().out
+    lines = {line.split()[0]: line.split()[1:] for line in printed.splitlines()}
     a, b = (results_of(folder)["heldout/bits_per_byte"] for folder in (evaluated, tmp_path))
     assert lines["heldout/bits_per_byte"][:3] == [f"{x:.4f}" for x in (a, b, b - a)]
     assert lines["heldout/loss_head_2"][2:5] == ["-"] * 3
+    assert {line for line in lines if "." in line} == {"training.lr", "heldout.seq_len"}
+    assert lines["training.lr"] == ["0.01", "0.5"] and lines["heldout.seq_len"] == ["0", "32"]
+    notes = printed.splitlines()[-5:]
+    assert all(len(line) < 80 for line in notes) and "none below 10" in printed
 
 
 # ------------------------------------------------------------------------------------- bad input
