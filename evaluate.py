@@ -741,6 +741,7 @@ def draw(results):
         for axes, name in zip(figures["heads"].subplots(1, 2), ("loss", "acc")):
             values = shown.loc[f"heldout/{name}"].astype(float).dropna()
             axes.bar_label(axes.bar(values.index, values), fmt="%.3f")
+            axes.margins(y=0.15)  # room for the labels
             axes.set(xlabel="head", ylabel=f"held-out {name}")
     speedups = shown.index[shown.index.str.startswith("speed/speedup")]
     if len(speedups):
@@ -751,7 +752,9 @@ def draw(results):
             axes.plot(passes, shown.loc[name].astype(float), "o-", label=name)
         axes.axline((1, 1), slope=1, color="grey", label="verifying drafts is free")
         axes.set(xlabel="tokens a pass", ylabel="speed-up", title="2 heads and more")
-        axes.legend()
+        axes.margins(0.1)
+        axes.set(xlim=(0, None), ylim=(0, None))  # small differences look small
+        figures["speed"].legend(loc="outside right upper")
     return figures
 
 
@@ -759,15 +762,16 @@ def weighted_text(run_dir, tokenizer):
     """A page of the rows in a run's weights.json, each token coloured by its weight."""
     rows = json.loads((run_dir / "weights.json").read_text())
     largest = max((w for row in rows for w in row["weight"] if w is not None), default=0) or 1.0
-    scale = f"Last batch of {run_dir.name}: white weighs 0 or is no target, dark {largest:.2f}"
-    parts = [f'<!doctype html><meta charset="utf-8"><p>{html.escape(scale)}</p>']
+    scale = f"Last batch of {run_dir.name}: white weighs 0 or is no target, orange {largest:.2f}"
+    head = '<!doctype html><meta charset="utf-8"><body style="color:#222222;background:white">'
+    parts = [f"{head}<p>{html.escape(scale)}</p>"]
     lead = encode(tokenizer, ["="])[0].tolist()  # some tokenizers strip the start of a text
     for row in rows:
         parts.append("<pre>")
         for token, weight in zip(row["ids"], row["weight"], strict=True):
             text = tokenizer.decode([*lead, token], skip_special_tokens=True).removeprefix("=")
             title = "no target" if weight is None else f"weight {weight:.4f}"
-            style = f"background:rgba(217,95,2,{(weight or 0) / largest:.3f})"
+            style = f"background:rgba(253,174,107,{(weight or 0) / largest:.3f})"
             parts.append(f'<span title="{title}" style="{style}">{html.escape(text)}</span>')
         parts.append("</pre>")
     return "".join(parts)
