@@ -104,8 +104,6 @@ class Args:
         file = self.solutions or self.problems
         if file and (len(programs) != 1 or (self.solutions and self.suites != programs)):
             raise UsageError(f"{file}: give --suites one of {', '.join(PROGRAMS)}")
-        if self.solutions and self.limit:
-            raise UsageError(f"--limit {self.limit}: not together with --solutions")
         if programs and self.temperature == 0 and self.n > 1 and not self.solutions:
             raise UsageError(f"--n {self.n}: --temperature 0 repeats one program; use --n 1")
         if self.run_dir and self.model:
@@ -135,9 +133,8 @@ def heldout_suite(model, tokenizer, data, args, ranks):
             sums_D = np.bincount(document_BT[is_target_BT], values_BT[is_target_BT])
             documents[f"{name}_head_{k}"] = sums_D
         loss, acc, count = figures_3KBT[:, k - 1].sum((1, 2))
-        if count == 0 or not math.isfinite(loss):
-            text = "no held-out target: raise --seq-len" if count == 0 else "a loss is not finite"
-            raise UsageError(f"--suites heldout: head {k}: {text}")
+        if count == 0:
+            raise UsageError(f"--seq-len {args.seq_len}: too short, head {k} has no target")
         metrics[f"heldout/loss_head_{k}"] = loss / count
         metrics[f"heldout/acc_head_{k}"] = acc / count
     bits = metrics["heldout/loss_head_1"] / math.log(2) * data.heldout_tokens
@@ -323,8 +320,8 @@ def read_solutions(args, problems):
         problem = by_id.get(str(record.get("task_id")))
         completion, solution = record.get("completion"), record.get("solution")
         if problem is None or isinstance(completion, str) == isinstance(solution, str):
-            text = f"record {number} needs a task_id of the suite, and completion or solution"
-            raise UsageError(f"--solutions {args.solutions}: {text}")
+            text = "needs a task_id of the problems, and completion or solution"
+            raise UsageError(f"--solutions {args.solutions}: record {number} {text}")
         programs.append((problem, problem.head + completion if solution is None else solution))
     return programs
 
@@ -391,10 +388,10 @@ def program_suite(suite, problems, subject, fingerprint, sandbox, args, out):
 
     Returns metrics, by task whether each of its programs passed, and a digest of the problems.
     """
+    depends = [fingerprint, args.seed, args.dtype, args.temperature, args.top_p]
+    depends += [args.max_new_tokens, [[p.task_id, p.prompt, p.stops] for p in problems]]
+    problems = problems[: args.limit or None]
     if subject:
-        depends = [fingerprint, args.seed, args.dtype, args.temperature, args.top_p]
-        depends += [args.max_new_tokens, [[p.task_id, p.prompt, p.stops] for p in problems]]
-        problems = problems[: args.limit or None]
         file = out / f"{suite}-{digest(depends)}.jsonl"
         programs = sample_programs(suite, problems, *subject, args, file)
     else:
@@ -489,10 +486,8 @@ def run_inside():
         os.close(result_fd)
         return exec(compile(source, "program.py", "exec"), vars(sys.modules["__main__"]))
 
-    nodes = list(ast.walk(ast.parse(tests)))
-    tried = [one for node in nodes if isinstance(node, ast.Try) for one in ast.walk(node)]
-    for node in nodes:  # can what the tests import be imported here?
-        if isinstance(node, ast.Import | ast.ImportFrom) and node not in tried:
+    for node in ast.walk(ast.parse(tests)):  # can what the tests import be imported here?
+        if isinstance(node, ast.Import | ast.ImportFrom):
             exec(compile(ast.Module([node], []), "tests", "exec"), {})
     code = compile(tests, "tests", "exec")
     mark()
@@ -580,8 +575,7 @@ class Sandbox:
         if kind == "none":
             self.bwrap, self.rules = "", b""
             self.folders = sorted({str(path.parent) for path in self.packages})
-            say("sandbox", "none: model-written code runs as you, with your files, network and")
-            say("", "processes; it can outlive this run and forge verdicts")
+            say("sandbox", "none: programs have your files, network, processes; may forge verdicts")
             return
         self.folders = ["/allowed"]
         try:
@@ -692,8 +686,7 @@ def find_run(args):
     if not record:
         raise UsageError(f"--run-dir {run_dir}: no args.json; a plain checkpoint goes to --model")
     if not (run_dir / "model").is_dir():
-        text = f"not finished; `python {record['command']}` continues it"
-        raise UsageError(f"--run-dir {run_dir}: {text}")
+        raise UsageError(f"--run-dir {run_dir}: not finished; go on by python {record['command']}")
     return run_dir, record
 
 
