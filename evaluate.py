@@ -53,6 +53,7 @@ from common import max_positions, mbpp_record, model_dir, run_script, setup_rank
 from common import write_whole
 
 PROGRAMS = ("humaneval", "mbpp", "code_contests")
+Suite = Literal["heldout", "speed", "humaneval", "mbpp", "code_contests"]
 
 
 @dataclass
@@ -60,9 +61,7 @@ class Args:
     # What is evaluated
     run_dir: str = ""  # a finished run; empty: the newest one in runs/
     model: str = ""  # instead of a run: a Hugging Face model (folder or hub name)
-    suites: list[Literal["heldout", "speed", "humaneval", "mbpp", "code_contests"]] = field(
-        default_factory=lambda: ["heldout", "speed"]
-    )  # what to measure
+    suites: list[Suite] = field(default_factory=lambda: ["heldout", "speed"])  # what to measure
     compare: list[str] = field(default_factory=list)  # evaluated runs to compare with the first
     out: str = ""  # folder for the results; empty: eval/ in the run folder, else eval/<name>
     seed: int = 0  # of sampling; for --model also of the held-out split
@@ -97,8 +96,6 @@ class Args:
         check_ranges(self, **dict.fromkeys(counts.split(), (1, 1e9)))
         check_ranges(self, **dict.fromkeys("seed seq_len limit workers".split(), (0, 1e18)))
         check_ranges(self, shots=(0, 3), temperature=(0, 100), top_p=(1e-6, 1), timeout=(0.1, 1e6))
-        if min(self.k, default=1) < 1:
-            raise UsageError(f"--k {min(self.k)}: at least 1")
         self.suites = list(dict.fromkeys(self.suites))
         programs = [suite for suite in self.suites if suite in PROGRAMS]
         file = self.solutions or self.problems
@@ -173,9 +170,10 @@ def speed_suite(model, data, args, ranks):
                 torch.cuda.synchronize()
             if number > 0:
                 seconds[k, size].append(time.perf_counter() - began)
-    plain, metrics, wrong = [tokens for part in done[1, 1] for tokens in part.tokens], {}, 0
+    metrics, texts = {}, {}
     for k, size in settings:
         key, parts = f"heads_{k}_batch_{size}", done[k, size]
+        texts[key] = [tokens for part in parts for tokens in part.tokens]
         median = np.median(seconds[k, size])
         metrics[f"speed/tokens_per_s_{key}"] = count * args.speed_tokens / median
         if k > 1:
@@ -185,9 +183,8 @@ def speed_suite(model, data, args, ranks):
             metrics[f"speed/speedup_{key}"] = np.median(ratios)
             for j, accepted in enumerate(sum(part.accepted for part in parts), start=1):
                 metrics[f"speed/accepted_{key}/draft_{j}"] = float(accepted / steps)
-        tokens = [tokens for part in parts for tokens in part.tokens]
-        wrong += sum(a != b for a, b in zip(tokens, plain))
-    metrics["speed/identical"] = wrong == 0
+    plain = texts["heads_1_batch_1"]
+    metrics["speed/identical"] = all(text == plain for text in texts.values())
     return metrics
 
 
@@ -271,9 +268,8 @@ def make_problem(suite, r, shown):
         problem.tests = f"{r['test']}\ncheck({r['entry_point']})"
         return problem
     if suite == "mbpp":  # 2108.07732
-        problem = Problem(r["task_id"], shown + mbpp_record(r)["prompt"], ["[DONE]"], r["code"])
-        problem.tests = "\n".join([r["test_setup_code"], *r["test_list"]])
-        return problem
+        prompt, tests = shown + mbpp_record(r)["prompt"], [r["test_setup_code"], *r["test_list"]]
+        return Problem(r["task_id"], prompt, ["[DONE]"], r["code"], tests="\n".join(tests))
     prompt = (  # 2203.07814: programs from standard input to standard output
         f"You are an expert Python programmer, and here is your task: {r['description']}\n"
         "Your program should read standard input and write standard output.\n[BEGIN]\n"
@@ -356,11 +352,11 @@ def sample_programs(suite, problems, model, tokenizer, args, file):
             record = dict(task_id=key[0], sample=key[1], text=texts[key])
             with open(file, "a") as out:
                 print(json.dumps(record), file=out)
-    programs = []
-    for problem in problems:
-        head = problem.head.removesuffix("\n")  # as the model was asked
-        programs += [(problem, head + texts[problem.task_id, n]) for n in range(args.n)]
-    return programs
+    return [  # a completion continues the prompt as the model was asked
+        (problem, problem.head.removesuffix("\n") + texts[problem.task_id, n])
+        for problem in problems
+        for n in range(args.n)
+    ]
 
 
 def run_programs(suite, programs, sandbox, args, file):
@@ -653,10 +649,8 @@ class Sandbox:
                 status = subprocess.run(command, **streams, **options, timeout=seconds + 1)
             except subprocess.TimeoutExpired:
                 return "timed out", ""
-            result, stdout, stderr = (
-                paths[name].read_text("utf-8", "replace") for name in ("result", "stdout", "stderr")
-            )
-        status, marks = status.returncode, result.count(nonce)
+            texts = {name: path.read_text("utf-8", "replace") for name, path in paths.items()}
+        status, marks, stderr = status.returncode, texts["result"].count(nonce), texts["stderr"]
         traceback = stderr.rpartition("Traceback (most recent")[2]
         where = re.findall(r'^  File "(.*?)"', traceback, re.M)[-1:]
         error = (re.findall(r"^\w.*", traceback, re.M) or [f"exited with {status}"])[0]
@@ -665,7 +659,7 @@ class Sandbox:
         if status in (128 + signal.SIGXCPU, -signal.SIGXCPU):
             return "timed out", f"after {seconds} s of CPU time"
         if expected is not None and status == 0:
-            return "passed" if same_output(stdout, expected) else "wrong answer", ""
+            return "passed" if same_output(texts["stdout"], expected) else "wrong answer", ""
         if expected is None and marks != 2:
             return ("passed", "") if marks == 3 else ("tests cannot run", f"here: {error}")
         if status != 1 or not where:
@@ -718,8 +712,7 @@ def fingerprint_of(path):
 # ---------------------------------------------------------------------------------------- report
 def table(results):
     """The figures as a `DataFrame`: a row a metric, a column for each number of heads."""
-    values = {key: value for key, value in results.items() if "/" in key}
-    values = pd.Series(values, dtype=object)  # counts stay whole numbers
+    values = pd.Series(results, dtype=object).filter(like="/")  # counts stay whole numbers
     values = values.map(lambda v: f"{v:,.4f}" if isinstance(v, float) else str(v))
     heads = values.index.str.extract(r"_heads?_(\d+)", expand=False).fillna("")
     metrics = values.index.str.replace(r"_heads?_\d+", "", regex=True)
@@ -878,11 +871,11 @@ def evaluate(args, problems, sandbox, ranks):
         raise UsageError(f"--out {out}: {error.strerror}; name another folder") from None
 
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    source = dict(command=command, seed=args.seed, dtype=args.dtype, device=ranks.device.type)
+    source = git_state([Path(__file__), Path(__file__).with_name("common.py")])
+    source.update(command=command, seed=args.seed, dtype=args.dtype, device=ranks.device.type)
     arguments = results.setdefault("arguments", {})
     arguments["training"] = {**record.get("args", {}), "run_dir": ""}
     source.update(threads=torch.get_num_threads(), versions=versions(), **depends)
-    source.update(git_state([Path(__file__), Path(__file__).with_name("common.py")]))
     for suite in args.suites:  # what is not measured again stays
         how = dict(source)
         if suite == "heldout":
