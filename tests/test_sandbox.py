@@ -102,7 +102,7 @@ def test_no_verdict_by_an_early_end(box):
 REASONS = [
     ("def g(x): return 2", "wrong answer .NameError: name 'f' is not defined"),
     ("def f(x): raise ValueError('a\\n\\x1b[2Jb')", "raised ValueError: a$"),
-    ("import numpy", "raised ModuleNotFoundError.*; third-party packages are .*; --allow numpy"),
+    ("import numpy", "raised ModuleNotFoundError: No module named 'numpy'; the sandbox .* --allow"),
     ("'\\ud800'.encode()", "raised UnicodeEncodeError"),
 ]
 
@@ -137,7 +137,7 @@ def test_allowed_packages(box, tmp_path, monkeypatch):
     allowing = Sandbox("bwrap", timeout=WALL_S, allow=("numpy", "two"))
     monkeypatch.setattr(evaluate, "MEMORY_MIB", 1024)
     assert allowing.run(*job(source, tests)).kind == "passed"
-    assert "--allow three" in allowing.run(*job("import three")).why
+    assert "No module named 'three'" in allowing.run(*job("import three")).why
     assert "raised OSError: [Errno 30]" in allowing.run(*job("open('/allowed/numpy/x', 'w')")).why
     for name in ("no_such_package", "-x"):
         with pytest.raises(UsageError, match=f"--allow {name}"):
