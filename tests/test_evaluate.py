@@ -229,6 +229,16 @@ def test_time_outs_by_the_clock_run_again_with_the_same_command(problems, tmp_pa
     assert "reference of" not in capsys.readouterr().out
 
 
+def test_kept_verdicts_are_those_of_the_rules_in_force(tmp_path, monkeypatch):
+    """After an edit of how outputs are compared, the program is judged again."""
+    args, sandbox = evaluate.Args(suites=["code_contests"]), evaluate.Sandbox("bwrap")
+    programs = [(evaluate.Problem("a", cases=[("", "2")]), "print(3)")]
+    for rule, kind in ((evaluate.same_output, "wrong answer"), (lambda *texts: True, "passed")):
+        monkeypatch.setattr(evaluate, "same_output", rule)
+        (verdict,) = evaluate.run_programs("c", programs, sandbox, args, tmp_path / "verdicts")
+        assert verdict == kind
+
+
 # -------------------------------------------------------------------------------------- sampling
 SAMPLING = dict(suites=["mbpp"], shots=0, n=4, k=[1], max_new_tokens=16, batch_size=2)
 
