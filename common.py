@@ -1044,7 +1044,9 @@ def mbpp_record(record):
     task = f"You are an expert Python programmer, and here is your task: {record['text']}"
     prompt = f"{task} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
     completion = re.sub("\r\n?", "\n", record["code"]).strip("\n") + "\n"
-    part = PARTS[0] if number >= 601 else PARTS[1] if number >= 511 else "test"
+    part = "test"
+    if number in range(511, 975):
+        part = PARTS[0] if number >= 601 else PARTS[1]
     return {"prompt": re.sub("\r\n?", "\n", prompt), "completion": completion, "part": part}
 
 

