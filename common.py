@@ -9,12 +9,12 @@ Shapes: B sequences, T positions, K heads, V vocabulary, D width, N tokens or ro
 
 import ast
 import collections
-import concurrent.futures
 import contextlib
 import copy
 import dataclasses
 import datetime
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -26,7 +26,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import sysconfig
 import time
@@ -36,7 +35,6 @@ from pathlib import Path
 
 import datasets
 import filelock
-import fsspec
 import numpy as np
 import scipy.stats
 import torch
@@ -1200,15 +1198,9 @@ def _mutant(function, choose):
 
 
 # --------------------------------------------------------------------------------------- the run
-MAY_CHANGE = (  # arguments without effect on the result: a resumed run may change them
-    "run_dir", "accept_changed_sources", "tracker", "device", "recompute", "compile",
-    "eval_every", "save_every", "keep_last",
-)  # fmt: skip
-SHOWN = {  # metrics on the screen and their labels
-    "train/loss": "loss", "value/loss": "loss", "weights/ess_frac": "ess",
-    "train/grad_norm": "gnorm", "perf/tokens_per_s": "tok/s",
-    "eval/bits_per_byte": "held-out bits per byte",
-}  # fmt: skip
+# Arguments without effect on the result: a resumed run may change them
+MAY_CHANGE = "run_dir tracker device recompute compile eval_every save_every keep_last".split()
+SHOWN = "train/loss value/loss weights/ess_frac train/grad_norm eval/bits_per_byte"  # on the screen
 
 
 class Run:
@@ -1224,12 +1216,12 @@ class Run:
 
     def __init__(self, args, script, ranks):
         self.args, self.ranks, self.num_steps = args, ranks, args.max_steps
-        self.name, self.tracker, self.stopping = "", None, False
+        self.name, self.tracker, self.signals, self.stopping = "", None, [], False
         self.files = [Path(script), Path(__file__)]
-        self.sources = {file.name: sha256(file.read_bytes())[:16] for file in self.files}
         fixed = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
         self.identity = {"script": Path(script).stem, **fixed}
-        digest = sha256(json.dumps([self.identity, self.sources]).encode())[:8]
+        sources = [sha256(file.read_bytes()) for file in self.files]
+        digest = sha256(json.dumps([self.identity, sources]).encode())[:8]
         self.folder = Path(args.run_dir or f"runs/{Path(script).stem}-s{args.seed}-{digest}")
         self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
         with ranks.rank_0_first() as is_first:
@@ -1249,7 +1241,7 @@ class Run:
         except OSError as error:
             raise UsageError(f"{flag}: cannot be written ({error.strerror})") from None
         if not (self.folder / "metrics.jsonl").exists():  # nothing was trained here yet
-            own = {".lock", "args.json", "args.tmp", *self.sources}
+            own = {".lock", "args.json", "args.tmp", *(file.name for file in self.files)}
             if {file.name for file in self.folder.iterdir()} - own:
                 raise UsageError(f"{flag}: not empty and no run; name a new folder")
             (self.folder / "args.json").unlink(missing_ok=True)
@@ -1259,16 +1251,11 @@ class Run:
         stored = {name: stored.get(name) for name in self.identity}
         if changes := differences(stored, self.identity):
             raise UsageError(f"{flag}: holds a run with other arguments ({changes})")
-        before = record.get("sources", {})
-        changed = ", ".join(name for name in self.sources if self.sources[name] != before.get(name))
-        if changed and not self.args.accept_changed_sources:
-            remedy = "name a new folder, or add --accept-changed-sources to resume"
-            raise UsageError(f"{flag}: {changed} differs from the copy in it; {remedy}")
-        if changed:
-            for file in self.files:
-                shutil.copy(file, self.folder / f"{self.sources[file.name][:8]}-{file.name}")
-            record.setdefault("accepted_sources", []).append(self.sources)
-            write_whole(self.folder / "args.json", json.dumps(record, indent=1))
+        for file in self.files:
+            if file.read_bytes() != (self.folder / file.name).read_bytes():
+                copy = shlex.join(["cp", str(file), str(self.folder)])
+                remedy = f"to resume under the new one: {copy}; or name a new folder"
+                raise UsageError(f"{flag}: {file.name} differs from the copy in it; {remedy}")
 
     def record(self, data, **fingerprints):
         """Write args.json and copy the sources, once; a resumed run must find the same inputs.
@@ -1285,8 +1272,7 @@ class Run:
             command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
             record = dict(script=self.identity["script"], command=command, args=vars(self.args))
             record.update(products=str(self.ranks.dtype).removeprefix("torch."), **fingerprints)
-            record.update(heldout_fingerprint=data.heldout_fingerprint, sources=self.sources)
-            record.update(versions=versions(), **git_state(self.files))
+            record.update(heldout_fingerprint=data.heldout_fingerprint, versions=versions())
             write_whole(file, json.dumps(record, indent=1))
         if self.ranks.rank == 0:
             record = json.loads(file.read_text())
@@ -1308,9 +1294,7 @@ class Run:
         if self.args.checkpoint_dir:
             folder = f"{self.args.checkpoint_dir.rstrip('/')}/{self.folder.name}"
         folder = f"{folder}/{self.name}".rstrip("/")
-        identity = {**self.identity, **self.sources}
-        ignored = self.sources if self.args.accept_changed_sources else ()
-        self.checkpoints = Checkpoints(folder, identity, self.args.keep_last, self.ranks, ignored)
+        self.checkpoints = Checkpoints(folder, self.identity, self.args.keep_last, self.ranks)
         self.start, metrics = self.checkpoints.load(model, optimizer)
         if self.ranks.rank == 0:  # lines after the checkpoint go: their updates are done again
             (self.folder / "metrics.jsonl").write_bytes(metrics)
@@ -1323,14 +1307,14 @@ class Run:
         return self.start
 
     def _catch(self, number, frame):
-        SIGNALS.append(signal.Signals(number).name)
+        self.signals.append(signal.Signals(number).name)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second SIGINT ends the process
 
     def should_save(self, step):
         """After `step` updates: a checkpoint is due, or a signal to any rank asks to stop."""
         if step == self.start:
             self.began = time.time()
-        self.stopping = self.ranks.sum(torch.tensor(float(len(SIGNALS)))).item() > 0
+        self.stopping = self.ranks.sum(torch.tensor(float(len(self.signals)))).item() > 0
         is_due = self.args.save_every and step % self.args.save_every == 0
         return step > self.start and bool(is_due or self.stopping or step == self.num_steps)
 
@@ -1340,15 +1324,13 @@ class Run:
         Raises:
             SystemExit: a signal asked to stop. Exit code 0, or 1 if the checkpoint failed.
         """
-        metrics = b""
-        if self.ranks.rank == 0:
-            metrics = (self.folder / "metrics.jsonl").read_bytes()
+        metrics = (self.folder / "metrics.jsonl").read_bytes() if self.ranks.rank == 0 else b""
         self.checkpoints.save(step, model, optimizer, metrics)
         is_end = step == self.num_steps and not self.name
         if self.stopping and not is_end:
             is_saved = self.checkpoints.wait()
             state = "saved; the same command resumes" if is_saved else "not saved"
-            cause = SIGNALS[0] if SIGNALS else "a signal to another rank"
+            cause = self.signals[0] if self.signals else "a signal to another rank"
             updates = f"{self.name} update {step} of {self.num_steps}".strip()
             self.ranks.print(f"stopped   by {cause} after {updates}; {state}")
             self.close("KILLED")
@@ -1376,15 +1358,15 @@ class Run:
             file.write(json.dumps({**steps, **metrics}).encode() + b"\n")
         self.tracker.log(step, {**steps, **metrics})
         is_due = step % max(1, self.num_steps // 50) == 0 or step == self.num_steps
-        if is_due or "eval/bits_per_byte" in metrics:
-            shown = [f"{label} {metrics[n]:,.4g}" for n, label in SHOWN.items() if n in metrics]
+        shown = {name: metrics[name] for name in SHOWN.split() if name in metrics}
+        if shown and (is_due or "eval/bits_per_byte" in shown):
+            words = [f"{name.partition('/')[2]} {value:.4g}" for name, value in shown.items()]
             heads = [f"{value:.3f}" for name, value in metrics.items() if "/loss_head_" in name]
+            words += ["heads " + " ".join(heads)] if heads else []
             pace = (time.time() - self.began) / max(1, step - self.start)
-            left = int(pace * (self.num_steps - step))
-            shown += ["heads " + " ".join(heads)] * bool(heads)
-            line = f"{self.name} step {step}/{self.num_steps} | {' | '.join(shown)}".lstrip()
-            if shown:
-                print(f"{line} | eta {left // 60}m{left % 60:02d}s", flush=True)
+            left = datetime.timedelta(seconds=int(pace * (self.num_steps - step)))
+            line = f"{self.name} step {step}/{self.num_steps} | {' | '.join(words)}".lstrip()
+            print(f"{line} | eta {left}", flush=True)
 
     def write_weights(self, batch, weight_BT):
         """Write `weights.json` for evaluate.py: ids and weights (null: no target) of three rows."""
@@ -1398,41 +1380,31 @@ class Run:
             write_whole(self.folder / "weights.json", json.dumps(rows))
 
     def finish(self, model, tokenizer, data, heldout):
-        """Write `model/`, print the held-out figures beside zlib's, and close the run."""
+        """Write `model/`, close the run, and print the held-out figures beside zlib's."""
         self.checkpoints.wait()
         save_model(model, tokenizer, self.folder / "model", self.ranks)
         address = self.close("FINISHED")
-        if self.ranks.rank > 0:
-            return
-        print("\nheld-out  head   loss (nats)  accuracy")
+        say = self.ranks.print
+        say("\nheld-out  head   loss (nats)  accuracy")
         for k in range(1, self.args.num_heads + 1):
             loss, accuracy = heldout[f"eval/loss_head_{k}"], heldout[f"eval/acc_head_{k}"]
-            print(f"          {k:>4} {loss:>13.4f} {accuracy:>9.3f}")
+            say(f"          {k:>4} {loss:>13.4f} {accuracy:>9.3f}")
         bits, zlib_bits = heldout["eval/bits_per_byte"], data.zlib_bits_per_byte
-        print(f"          {bits:.3f} bits per byte of {data.heldout_bytes:,} held-out bytes")
-        print(f"          zlib -9: {zlib_bits:.3f}; order 0: {data.order0_bits_per_byte:.3f}")
-        if self.ranks.world_size == 1:  # how head 1 goes on, greedily
-            ids = encode(tokenizer, [data.prompt])[0].tolist()[-max(1, self.args.seq_len // 2) :]
-            length = min(128, self.args.seq_len - len(ids))
-            tokens = generate(model.eval(), [ids], length, tokenizer.eos_token_id).tokens[0]
-            print(f"\n{tokenizer.decode(ids)}|{tokenizer.decode(tokens)}")
-        print(f"\nwritten   {self.folder}/  args.json metrics.jsonl checkpoints/ model/")
-        print(f"look      {address or 'no tracker; see metrics.jsonl'}")
-        print(f"next      python evaluate.py --run-dir {shlex.quote(str(self.folder))}", flush=True)
+        say(f"          {bits:.3f} bits per byte of {data.heldout_bytes:,} held-out bytes")
+        say(f"          zlib -9: {zlib_bits:.3f}")
+        say(f"\nwritten   {self.folder}/  args.json metrics.jsonl checkpoints/ model/")
+        say(f"look      {address or 'no tracker; see metrics.jsonl'}")
+        say(f"next      python evaluate.py --run-dir {shlex.quote(str(self.folder))}")
 
     def close(self, status):
         """Close the tracker, restore signals, unlock; returns what shows the run, or None."""
-        files = [self.folder / name for name in ("args.json", "metrics.jsonl", *self.sources)]
-        address = self.tracker.finish(files, status)
+        names = ("args.json", "metrics.jsonl", *(file.name for file in self.files))
+        address = self.tracker.finish([self.folder / name for name in names], status)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        SIGNALS.clear()
         self.ranks.barrier()  # no rank leaves while another works
         self.lock.release()
         return address
-
-
-SIGNALS = []  # names of the signals to stop that this process has received
 
 
 def describe(args, model, data, micro_batch_size, ranks):
@@ -1465,18 +1437,6 @@ def versions():
     return {"python": sys.version.split()[0], **numbers}
 
 
-def git_state(files):
-    """Commit of these sources, and whether one of them differs from it or is not tracked."""
-    git = ["git", "-C", str(files[0].resolve().parent)]
-    status = ["status", "--porcelain", "--ignored", "--", *(str(file.resolve()) for file in files)]
-    options = dict(capture_output=True, text=True, check=True)
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
-        return dict(commit=commit, dirty=bool(subprocess.run([*git, *status], **options).stdout))
-    except (OSError, subprocess.CalledProcessError):
-        return dict(commit=None, dirty=None)
-
-
 def write_whole(file, text):
     """Write a file so that nobody sees it half written."""
     temporary = Path(file).with_suffix(".tmp")
@@ -1491,36 +1451,33 @@ class Tracker:
     """
 
     def __init__(self, kind, folder, arguments):
-        self.kind, self.folder, self.arguments = kind, folder, arguments
+        self.kind, self.folder = kind, folder
         file = folder / "tracker.json"
         known = json.loads(file.read_text()) if file.exists() else {}
-        self.run_id = known.get(kind)
-        self._call("start")
-        if self.kind != "none":
-            others = {k: v for k, v in known.items() if k != self.kind}
-            write_whole(file, json.dumps({**others, self.kind: self.run_id}))  # the last one counts
+        with self._off_if_it_fails():
+            if kind == "mlflow":
+                known[kind] = self._start_mlflow(known.pop(kind, None), arguments)
+            elif kind == "wandb":
+                known[kind] = self._start_wandb(known.pop(kind, None), arguments)
+            if kind != "none":
+                write_whole(file, json.dumps(known))  # the last one counts
 
-    def log(self, step, metrics):
-        self._call("log", step, metrics)
-
-    def finish(self, files, status="FINISHED"):
-        """Send what is left and these files; returns what shows the run, or None."""
-        return self._call("finish", files, status)
-
-    def _call(self, verb, *arguments):
+    @contextlib.contextmanager
+    def _off_if_it_fails(self):
         try:
-            return getattr(self, f"{self.kind}_{verb}")(*arguments) if self.kind != "none" else None
+            yield
         except Exception as error:  # whatever the tracker raises
             text = f"tracker   {self.kind} failed and is off from here on: {first_line(error)}"
             print(text, file=sys.stderr, flush=True)
             self.kind = "none"
 
-    def mlflow_start(self):
+    def _start_mlflow(self, run_id, arguments):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         import mlflow
 
+        self.mlflow = mlflow
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         runs = self.folder.parent.resolve()
@@ -1530,54 +1487,58 @@ class Tracker:
             if mlflow.get_experiment_by_name("wmtp") is None:
                 mlflow.create_experiment("wmtp", f"{runs.as_uri()}/mlartifacts")
             self.experiment = mlflow.set_experiment("wmtp").experiment_id
-            run = mlflow.start_run(self.run_id, run_name=self.folder.name)
-        if self.run_id is None:
-            mlflow.log_params({name: str(value)[:500] for name, value in self.arguments.items()})
-        self.mlflow, self.run_id = mlflow, run.info.run_id
+            run = mlflow.start_run(run_id, run_name=self.folder.name)
+        if run_id is None:
+            mlflow.log_params({name: str(value)[:500] for name, value in arguments.items()})
+        return run.info.run_id
 
-    def mlflow_log(self, step, metrics):
-        self.mlflow.log_metrics(metrics, step=step, synchronous=False)
-
-    def mlflow_finish(self, files, status):
-        self.mlflow.flush_async_logging()
-        for file in files:
-            self.mlflow.log_artifact(str(file))
-        self.mlflow.end_run(status)
-        command = f"mlflow ui --backend-store-uri {shlex.quote(self.mlflow.get_tracking_uri())}"
-        return f"{command}, then http://127.0.0.1:5000/#/experiments/{self.experiment}/runs"
-
-    def wandb_start(self):
+    def _start_wandb(self, run_id, arguments):
         import wandb
 
         has_key = os.environ.get("WANDB_API_KEY") or Path.home().joinpath(".netrc").exists()
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-        self.run_id = self.run_id or sha256(str(self.folder.resolve()).encode())[:16]
-        options = dict(id=self.run_id, resume="allow", dir=str(self.folder), mode=mode)
-        options.update(project="wmtp", name=self.folder.name, config=self.arguments)
-        self.run = wandb.init(**options)
-        self.run.define_metric("*", step_metric="step")  # wandb's own step cannot go back
-        self.run.define_metric("value/*", step_metric="value/step")
+        run_id = run_id or sha256(str(self.folder.resolve()).encode())[:16]
+        options = dict(id=run_id, resume="allow", dir=str(self.folder), mode=mode)
+        options.update(project="wmtp", name=self.folder.name, config=arguments)
+        self.wandb_run = wandb.init(**options)
+        self.wandb_run.define_metric("*", step_metric="step")  # wandb's own step cannot go back
+        self.wandb_run.define_metric("value/*", step_metric="value/step")
+        return run_id
 
-    def wandb_log(self, step, metrics):
-        self.run.log(metrics)
+    def log(self, step, metrics):
+        with self._off_if_it_fails():
+            if self.kind == "mlflow":
+                self.mlflow.log_metrics(metrics, step=step, synchronous=False)
+            elif self.kind == "wandb":
+                self.wandb_run.log(metrics)
 
-    def wandb_finish(self, files, status):
-        for file in files:
-            self.run.save(str(file), base_path=str(file.parent), policy="now")
-        folder, address = Path(self.run.dir).parent, self.run.url
-        self.run.finish(exit_code=int(status != "FINISHED"))
-        return address or f"wandb sync {shlex.quote(str(folder))}"
+    def finish(self, files, status="FINISHED"):
+        """Send what is left and these files; returns what shows the run, or None."""
+        with self._off_if_it_fails():
+            if self.kind == "mlflow":
+                self.mlflow.flush_async_logging()
+                for file in files:
+                    self.mlflow.log_artifact(str(file))
+                self.mlflow.end_run(status)
+                uri = shlex.quote(self.mlflow.get_tracking_uri())
+                address = f"http://127.0.0.1:5000/#/experiments/{self.experiment}/runs"
+                return f"mlflow ui --backend-store-uri {uri}, then {address}"
+            if self.kind == "wandb":
+                for file in files:
+                    self.wandb_run.save(str(file), base_path=str(file.parent), policy="now")
+                folder, address = Path(self.wandb_run.dir).parent, self.wandb_run.url
+                self.wandb_run.finish(exit_code=int(status != "FINISHED"))
+                return address or f"wandb sync {shlex.quote(str(folder))}"
 
 
 def log_to_tracker(run_dir, step, metrics, files):
-    """Add metrics and files to the tracker's record of a finished run; returns what shows it."""
+    """Add metrics and files to the tracker's record of a finished run, where there is one."""
     file = Path(run_dir) / "tracker.json"
-    if not file.exists():
-        return None
-    kind = list(json.loads(file.read_text()))[-1]
-    tracker = Tracker(kind, Path(run_dir), {})
-    tracker.log(step, {"step": step, **metrics})
-    return tracker.finish(files)
+    if file.exists():
+        kind = list(json.loads(file.read_text()))[-1]
+        tracker = Tracker(kind, Path(run_dir), {})
+        tracker.log(step, {"step": step, **metrics})
+        tracker.finish(files)
 
 
 class Sums:
@@ -1649,76 +1610,64 @@ class Checkpoints:
     data and random numbers are functions of (seed, step, rank): the step is their state.
     """
 
-    def __init__(self, folder, identity, keep_last, ranks, ignored=()):
+    def __init__(self, folder, identity, keep_last, ranks):
         self.folder, self.identity, self.keep_last = str(folder), identity, keep_last
-        self.ignored = ignored  # names in the identity that may differ on resume
+        self.flag = f"--checkpoint-dir {self.folder}"
         self.ranks, self.bad, self.pending = ranks, set(), None
-        # A store that stalls ends a save after 8 minutes, not 20: s3fs tries five times, 15 s each,
-        # so botocore need not do so inside. The environment variable FSSPEC_S3 replaces this.
-        fsspec.config.conf.setdefault("s3", {"config_kwargs": {"retries": {"max_attempts": 1}}})
         try:
             self.fs, self.root = url_to_fs(self.folder)
         except (ValueError, ImportError) as error:
-            raise UsageError(f"--checkpoint-dir {self.folder}: {first_line(error)}") from None
+            raise UsageError(f"{self.flag}: {first_line(error)}") from None
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
         self.options = dict(process_group=self.group, no_dist=self.group is None)
-        self.executor = concurrent.futures.ThreadPoolExecutor(1)
 
     def save(self, step, model, optimizer, metrics):
         """Copy the state, then write it beside training; waits for the save before this one."""
         self.wait()
         name = f"step_{step:06d}"
         meta = dict(step=step, identity=self.identity, versions=versions())
-        url = self.fs.unstrip_protocol(f"{self.root}/{name}")
-        writer = FsspecWriter(url, sync_files=self.is_local)
+        writer = FsspecWriter(self._url(name), sync_files=self.is_local)
+        write_metadata = writer.finish
+
+        def finish(metadata, results):  # on rank 0, after the files of all ranks
+            write_metadata(metadata, results)
+            files = {result.storage_data.relative_path for part in results for result in part}
+            self._finish(f"{self.root}/{name}", meta, metrics, files)
+
+        writer.finish = finish
         state = named_state(model, optimizer)
-        future = dcp.async_save(state, storage_writer=writer, **self.options)
-        self.pending = self.executor.submit(self._complete, future, name, meta, metrics)
+        self.pending = name, dcp.async_save(state, storage_writer=writer, **self.options)
 
     def wait(self):
-        """Wait for the save that is under way; True unless the last save failed."""
-        return self.pending is None or self.pending.result()
-
-    def _own_files(self, path, metrics):
-        """Size and hash of this rank's files of a checkpoint; rank 0 adds metrics.jsonl first."""
-        self.fs.invalidate_cache()
-        files = self.fs.glob(f"{path}/__{self.ranks.rank}_*")
-        if self.ranks.rank == 0:
-            self.fs.pipe_file(f"{path}/metrics.jsonl", metrics)
-            files += [f"{path}/metrics.jsonl", f"{path}/.metadata"]
-        return {file.rpartition("/")[2]: self._fingerprint(file) for file in files}
-
-    def _complete(self, future, name, meta, metrics):
-        """Once all files are written, note their sizes and hashes in `meta.json`; prune."""
-        path, rank, failure, files = f"{self.root}/{name}", self.ranks.rank, None, {}
+        """Wait for the save that is under way; False, with one line, if it failed on any rank."""
+        if self.pending is None:
+            return True
+        name, future = self.pending
+        self.pending = None
         try:
             future.result()
-            files = self._own_files(path, metrics)
-        except dcp.api.CheckpointException as error:  # it names ranks; the reason is inside
-            failure = first_line(next(iter(error.failures.values()))[0])
-        except Exception as error:  # whatever a store raises: training goes on
-            failure = first_line(error)
-        results = [(files, failure)]
-        try:
-            if self.group:  # every rank comes here, so that none waits for one that failed
-                results = [None] * self.ranks.world_size
-                dist.all_gather_object(results, (files, failure), group=self.group)
-            failure = next((text for _, text in results if text), None)
-            if rank == 0 and failure is None:
-                meta["files"] = dict(pair for files, _ in results for pair in files.items())
-                self.fs.pipe_file(f"{path}/meta.json", json.dumps(meta).encode())
-                self.bad.discard(name)
-                complete = [n for n in self._names() if self._exists(n, "meta.json")]
-                good = [n for n in complete if n not in self.bad]
-                for old in good[: -self.keep_last] if self.keep_last else []:
-                    self.fs.rm(f"{self.root}/{old}", recursive=True)
-        except Exception as error:
-            failure = first_line(error)
-        if failure and rank == 0:
-            text = f"checkpoint {self.folder}/{name} was not written: {failure}; training goes on"
+            return True
+        except dcp.api.CheckpointException as failed:  # the same on every rank
+            error = next(iter(failed.failures.values()))[0]
+        except Exception as other:  # whatever a store raises
+            error = other
+        if self.ranks.rank == 0:
+            text = f"checkpoint {self.folder}/{name} failed: {first_line(error)}; training goes on"
             print(text, file=sys.stderr, flush=True)
-        return failure is None
+        return False
+
+    def _finish(self, path, meta, metrics, files):
+        """Write metrics.jsonl and meta.json; remove the checkpoints before the last `keep_last`."""
+        self.fs.invalidate_cache()
+        self.fs.pipe_file(f"{path}/metrics.jsonl", metrics)
+        files = sorted([*files, ".metadata", "metrics.jsonl"])
+        meta["files"] = {file: self._fingerprint(f"{path}/{file}") for file in files}
+        self.fs.pipe_file(f"{path}/meta.json", json.dumps(meta).encode())
+        self.bad.discard(path)
+        good = [path for path in self._complete() if path not in self.bad]
+        for path in good[: -self.keep_last] if self.keep_last else []:
+            self.fs.rm(path, recursive=True)
 
     def load(self, model, optimizer):
         """Read the last good checkpoint in place; returns its step and metrics.jsonl (0, empty).
@@ -1730,18 +1679,18 @@ class Checkpoints:
             UsageError: the folder cannot be read or written, or holds checkpoints of another run
                 or none that is good.
         """
-        flag, name, meta, metrics = f"--checkpoint-dir {self.folder}", None, {"step": 0}, b""
+        last_good = None
         with self.ranks.rank_0_first() as is_first:
             try:
-                name, meta, metrics = self._last_good() if is_first else (name, meta, metrics)
-            except UsageError as error:
-                raise UsageError(f"{flag}: {error}") from None
+                last_good = self._last_good() if is_first else None
+            except UsageError:
+                raise
             except Exception as error:  # whatever a store raises
                 reason = f"{type(error).__name__}: {first_line(error)}"
-                raise UsageError(f"{flag}: cannot be read or written ({reason})") from None
-        name, meta, metrics = self.ranks.broadcast((name, meta, metrics))
+                raise UsageError(f"{self.flag}: cannot be read or written ({reason})") from None
+        name, meta, metrics = self.ranks.broadcast(last_good)
         if name:
-            reader = FsspecReader(self.fs.unstrip_protocol(f"{self.root}/{name}"))
+            reader = FsspecReader(self._url(name))
             dcp.load(named_state(model, optimizer), storage_reader=reader, **self.options)
             self.ranks.print(f"resume    from {self.folder}/{name}")
             if changes := differences(meta["versions"], versions()):
@@ -1754,32 +1703,26 @@ class Checkpoints:
             self.fs.makedirs(self.root, exist_ok=True)
         self.fs.pipe_file(f"{self.root}/.writable", b"")  # fail now, not at the first save
         self.fs.rm_file(f"{self.root}/.writable")
-        for name in reversed(self._names()):
-            path, damage = f"{self.root}/{name}", None
-            if not self._exists(name, "meta.json"):
-                print(f"checkpoint {path} is incomplete, without meta.json", flush=True)
-                continue
+        for path in reversed(self._complete()):
+            name = path.rpartition("/")[2]
             try:
                 meta = json.loads(self.fs.cat_file(f"{path}/meta.json"))
-                for file, fingerprint in meta["files"].items():
-                    if self._fingerprint(f"{path}/{file}") != fingerprint:
-                        damage = f"{file} is not as it was written"
+                files = {file: self._fingerprint(f"{path}/{file}") for file in meta["files"]}
+                damage = differences(meta["files"], files)
             except (FileNotFoundError, ValueError) as error:
                 damage = first_line(error)
             if not damage:
-                expected = {k: v for k, v in self.identity.items() if k not in self.ignored}
-                before = {key: meta["identity"].get(key) for key in expected}
-                if changes := differences(before, expected):
-                    raise UsageError(f"{name} is of another run ({changes})")
+                if changes := differences(meta["identity"], self.identity):
+                    raise UsageError(f"{self.flag}: {name} is of another run ({changes})")
                 return name, meta, self.fs.cat_file(f"{path}/metrics.jsonl")
             print(f"checkpoint {path} is bad: {damage}", flush=True)
-            self.bad.add(name)
+            self.bad.add(path)
         if self.bad:
-            raise UsageError("no checkpoint is good; move them away to start anew")
+            raise UsageError(f"{self.flag}: no checkpoint is good; move them away to start anew")
         return None, {"step": 0}, b""
 
-    def _exists(self, name, file):
-        return self.fs.exists(f"{self.root}/{name}/{file}")
+    def _url(self, name):
+        return self.fs.unstrip_protocol(f"{self.root}/{name}")
 
     def _fingerprint(self, file):
         """Size of a file and, on a local disk, its SHA-256."""
@@ -1788,13 +1731,11 @@ class Checkpoints:
         with open(file, "rb") as stream:
             return [self.fs.size(file), hashlib.file_digest(stream, "sha256").hexdigest()]
 
-    def _names(self):
-        """Names of the checkpoints in order of their steps, complete or not."""
+    def _complete(self):
+        """Paths of the checkpoints that have a meta.json, in order of their steps."""
         self.fs.invalidate_cache()
-        paths = self.fs.ls(self.root, detail=False) if self.fs.exists(self.root) else []
-        names = [path.rstrip("/").rpartition("/")[2] for path in paths]
-        names = [name for name in names if re.fullmatch(r"step_\d{6,}", name)]
-        return sorted(names, key=lambda name: int(name.removeprefix("step_")))
+        files = self.fs.glob(f"{glob.escape(self.root)}/step_*/meta.json")
+        return sorted((file.rpartition("/")[0] for file in files), key=lambda p: (len(p), p))
 
 
 def named_state(model, optimizer):

@@ -48,7 +48,7 @@ from scipy.stats import bootstrap
 from tqdm import tqdm
 
 from common import IGNORE, UsageError, check_ranges, check_vocabulary, encode, first_line, generate
-from common import git_state, heldout_batches, load_data, load_mtp, load_tokenizer, log_to_tracker
+from common import heldout_batches, load_data, load_mtp, load_tokenizer, log_to_tracker
 from common import max_positions, mbpp_record, model_dir, run_script, setup_ranks, versions
 from common import write_whole
 
@@ -897,7 +897,6 @@ def evaluate(args, problems, sandbox, ranks):
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     source = dict(command=command, seed=args.seed, dtype=args.dtype, device=ranks.device.type)
     source.update(threads=torch.get_num_threads(), versions=versions(), **depends)
-    source.update(git_state([Path(__file__), Path(__file__).with_name("common.py")]))
     for suite in args.suites:  # what is not measured again stays
         how = dict(source)
         if suite == "heldout":

@@ -150,7 +150,6 @@ def test_a_run_leaves_the_files_of_the_contract(runs):
     assert record["versions"]["torch"] and record["products"] == "float32"
     for name in ("baseline_mtp.py", "common.py"):
         assert (run_dir / name).read_bytes() == (ROOT / name).read_bytes()
-        assert record["sources"][name] == common.sha256((ROOT / name).read_bytes())[:16]
 
     *updates, end = metrics_of(run_dir, without=("never",))
     shared = {"step", "train/loss", "train/grad_norm", "train/lr", "perf/tokens_per_s"}
@@ -316,27 +315,11 @@ def test_edited_sources_are_another_run(runs, tmp_path, monkeypatch):
         kill(fork(), runs.args("baseline", ""), after=1)
         assert len(list(Path("runs").glob("baseline_mtp-s0-*"))) == number
         args = runs.args("baseline", first)
-        refused(lambda args=args: run_main(fork(), args), "--accept-changed-sources", source.name)
-    args = runs.args("baseline", first, accept_changed_sources=True)
+        remedy = f"to resume under the new one: cp {source} {first}"
+        refused(lambda args=args: run_main(fork(), args), f"{source.name} differs", remedy)
+        shutil.copy(source, first)
     assert run_main(fork(), args) == 0
     assert same_run(first, runs.straight("baseline"))
-
-
-def test_git_state_sees_untracked_and_changed_sources(tmp_path):
-    files = [tmp_path / "fork.py", tmp_path / "common.py"]
-    assert common.git_state(files) == dict(commit=None, dirty=None)
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for file in (*files, tmp_path / ".gitignore"):
-        file.write_text("fork.py\n")
-    for words in (["init", "-q"], ["add", "common.py"], ["commit", "-q", "-m", "first"]):
-        subprocess.run([*git, *words], check=True)
-    assert common.git_state(files)["dirty"] is True  # fork.py is ignored, and not committed
-    for words in (["add", "-f", "fork.py"], ["commit", "-q", "-m", "second"]):
-        subprocess.run([*git, *words], check=True)
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    assert common.git_state(files) == dict(commit=head.strip(), dirty=False)
-    files[1].write_text("changed\n")
-    assert common.git_state(files)["dirty"] is True
 
 
 def test_a_folder_in_use_is_refused_until_it_is_free(runs, tmp_path):
@@ -367,8 +350,8 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_taken(runs, tmp_path, caps
     damage(run_dir / "checkpoints/step_000006" / name)
     assert runs.main("baseline", run_dir) == 0
     output = capsys.readouterr().out
-    word = "incomplete" if (name, damage) == ("meta.json", Path.unlink) else "bad"
-    assert f"checkpoints/step_000006 is {word}" in output
+    if (name, damage) != ("meta.json", Path.unlink):  # without it a checkpoint is none
+        assert "checkpoints/step_000006 is bad" in output
     assert "resume    from" in output and "checkpoints/step_000004\n" in output
     assert same_run(run_dir, runs.straight("baseline"))
     assert len(content(run_dir / "checkpoints/step_000006")) == 4  # written anew
