@@ -17,6 +17,7 @@ import functools
 import glob
 import hashlib
 import importlib.metadata
+import io
 import json
 import logging
 import math
@@ -71,16 +72,42 @@ def first_line(error):
 
 
 # ------------------------------------------------------------------------------- ranks and FSDP2
+class Output(io.FileIO):
+    """Standard output or error; where nobody reads any more (`| head`), what is written is lost."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
 def run_script(main, args_class, doc):
-    """Parse the command line and run `main(args)`; a `UsageError` is one line and exit code 2."""
-    rank = int(os.environ.get("RANK", 0))
+    """Parse the command line and run `main(args)`; a `UsageError` is one line and exit code 2.
+
+    Of arguments, `~` is a home, and `folder/` is `folder`.
+    """
+    is_first = os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if (stream := getattr(sys, name)) is not None:
+            raw = io.BufferedWriter(Output(number, "w", closefd=False))
+            options = dict(errors="backslashreplace", line_buffering=True)
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, **options))
     transformers.utils.logging.disable_progress_bar()
     try:
-        main(tyro.cli(args_class, description=doc, console_outputs=rank == 0))
+        args = tyro.cli(args_class, description=doc, console_outputs=is_first)
+        for name, value in vars(args).items():
+            if isinstance(value, str):
+                setattr(args, name, re.sub(r"(?<=[^:/])/+$", "", os.path.expanduser(value)))
+        main(args)
     except UsageError as error:
-        if rank == 0:
+        if is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:  # in the loop a signal is caught by the run
+        if is_first:
+            print("stopped   by SIGINT; no update was lost", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
     except Exception:
         if "mlflow" in sys.modules:
             sys.modules["mlflow"].end_run("FAILED")
@@ -153,12 +180,19 @@ class Ranks:
             print(text, flush=True)
 
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # its variables
+
+
 def setup_ranks(device, dtype):
     """Join torchrun's process group (without torchrun: one process); choose device and dtype.
 
     `dtype="auto"` is bf16 on a GPU that has it and fp32 elsewhere, so a command gives the same
     numbers on any CPU.
     """
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if missing and ("RANK" in os.environ or "WORLD_SIZE" in os.environ):
+        text = f"are set without {', '.join(missing)}; unset them, or start by torchrun"
+        raise UsageError(f"RANK or WORLD_SIZE in the environment {text}")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     has_cuda = torch.cuda.is_available()
     if device == "auto":
@@ -1292,7 +1326,7 @@ class Run:
         """Read the last checkpoint in place; returns the number of updates that are done."""
         folder = self.folder / "checkpoints"
         if self.args.checkpoint_dir:
-            folder = f"{self.args.checkpoint_dir.rstrip('/')}/{self.folder.name}"
+            folder = f"{self.args.checkpoint_dir}/{self.folder.name}"
         folder = f"{folder}/{self.name}".rstrip("/")
         self.checkpoints = Checkpoints(folder, self.identity, self.args.keep_last, self.ranks)
         self.start, metrics = self.checkpoints.load(model, optimizer)
@@ -1303,6 +1337,7 @@ class Run:
             self.tracker = Tracker(kind, self.folder, vars(self.args))
             names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
             numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+            numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # nohup
             self.handlers = {number: signal.signal(number, self._catch) for number in numbers}
         return self.start
 
@@ -1615,7 +1650,10 @@ class Checkpoints:
         self.flag = f"--checkpoint-dir {self.folder}"
         self.ranks, self.bad, self.pending = ranks, set(), None
         try:
-            self.fs, self.root = url_to_fs(self.folder)
+            if "://" in self.folder:
+                self.fs, self.root = url_to_fs(self.folder)
+            else:  # a path, whatever its name: fsspec chains file systems at ::
+                self.fs, self.root = LocalFileSystem(), os.path.abspath(self.folder)
         except (ValueError, ImportError) as error:
             raise UsageError(f"{self.flag}: {first_line(error)}") from None
         self.is_local = isinstance(self.fs, LocalFileSystem)
@@ -1627,7 +1665,7 @@ class Checkpoints:
         self.wait()
         name = f"step_{step:06d}"
         meta = dict(step=step, identity=self.identity, versions=versions())
-        writer = FsspecWriter(self._url(name), sync_files=self.is_local)
+        writer = self._storage(name, dcp.FileSystemWriter, FsspecWriter)
         write_metadata = writer.finish
 
         def finish(metadata, results):  # on rank 0, after the files of all ranks
@@ -1690,7 +1728,7 @@ class Checkpoints:
                 raise UsageError(f"{self.flag}: cannot be read or written ({reason})") from None
         name, meta, metrics = self.ranks.broadcast(last_good)
         if name:
-            reader = FsspecReader(self._url(name))
+            reader = self._storage(name, dcp.FileSystemReader, FsspecReader)
             dcp.load(named_state(model, optimizer), storage_reader=reader, **self.options)
             self.ranks.print(f"resume    from {self.folder}/{name}")
             if changes := differences(meta["versions"], versions()):
@@ -1721,8 +1759,9 @@ class Checkpoints:
             raise UsageError(f"{self.flag}: no checkpoint is good; move them away to start anew")
         return None, {"step": 0}, b""
 
-    def _url(self, name):
-        return self.fs.unstrip_protocol(f"{self.root}/{name}")
+    def _storage(self, name, local_class, remote_class):
+        path = f"{self.root}/{name}"
+        return local_class(path) if self.is_local else remote_class(self.fs.unstrip_protocol(path))
 
     def _fingerprint(self, file):
         """Size of a file and, on a local disk, its SHA-256."""

@@ -195,19 +195,59 @@ def test_a_process_killed_five_times_ends_as_the_straight_run(runs, tmp_path):
     assert same_run(tmp_path / "run", tmp_path / "straight")
 
 
-STOPS = [("baseline", "", "update 3 of 6"), ("critic", "value", "value update 3 of 5")]
+STOPS = [("SIGHUP", "baseline", "", "update 3 of 6")]
+STOPS += [("SIGTERM", "critic", "value", "value update 3 of 5")]
 
 
-@pytest.mark.parametrize("name, stage, update", STOPS)
-def test_a_stop_signal_saves_and_exits_with_0(runs, tmp_path, capsys, name, stage, update):
+@pytest.mark.parametrize("kind, name, stage, update", STOPS)
+def test_a_stop_signal_saves_and_exits_with_0(runs, tmp_path, capsys, kind, name, stage, update):
     with pytest.MonkeyPatch.context() as patch:
-        at_update(patch, 3, lambda run: os.kill(os.getpid(), signal.SIGTERM), stage)
+        at_update(patch, 3, lambda run: os.kill(os.getpid(), getattr(signal, kind)), stage)
         assert runs.main(name, tmp_path) == 0
-    stopped = f"stopped   by SIGTERM after {update}; saved"
+    stopped = f"stopped   by {kind} after {update}; saved"
     assert stopped in capsys.readouterr().out and not (tmp_path / "model").exists()
     assert runs.main(name, tmp_path) == 0
     assert "/step_000003\n" in capsys.readouterr().out
     assert same_run(tmp_path, runs.straight(name))
+
+
+def test_a_run_under_nohup_goes_on_when_the_terminal_closes(runs, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with pytest.MonkeyPatch.context() as patch:
+        at_update(patch, 3, lambda run: os.kill(os.getpid(), signal.SIGHUP))
+        assert runs.main("baseline", tmp_path) == 0
+    signal.signal(signal.SIGHUP, before)
+    assert same_run(tmp_path, runs.straight("baseline"))
+
+
+def test_a_closed_stdout_and_an_old_encoding_do_not_end_a_run(runs, tmp_path):
+    """Also: `~` is a home, a folder with `::` is a folder, and printed commands are quoted."""
+    values = words_of(runs.args("baseline", "~/é a::b/", max_steps=2, mtp_schedule="constant"))
+    command = [sys.executable, str(ROOT / "baseline_mtp.py"), *values]
+    env = dict(os.environ, HOME=str(tmp_path), PYTHONIOENCODING="ascii")
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()  # `| head -n 1`
+    assert process.wait() == 0
+    assert list((tmp_path / "é a::b/model").glob("*.safetensors"))
+    assert list((tmp_path / "é a::b/checkpoints").glob("step_000002/meta.json"))
+
+
+def test_ctrl_c_before_the_first_update_is_one_line(material, capfd, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["baseline_mtp.py"])
+    with pytest.raises(SystemExit) as stop:
+        common.run_script(interrupted, baseline_mtp.Args, "manual")
+    assert stop.value.code == 130
+    assert capfd.readouterr().err == "stopped   by SIGINT; no update was lost\n"
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_variable_of_torchrun_without_the_others_is_refused(monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    refused(lambda: common.setup_ranks("cpu", "fp32"), name, "without", "MASTER_ADDR", "unset")
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(runs, tmp_path, capsys):
@@ -441,14 +481,14 @@ BAD = [
 
 
 @pytest.mark.parametrize("flags, word", BAD, ids=[flags for flags, _ in BAD])
-def test_bad_input_is_one_line_and_exit_code_2(runs, tmp_path, monkeypatch, capsys, flags, word):
+def test_bad_input_is_one_line_and_exit_code_2(runs, tmp_path, monkeypatch, capfd, flags, word):
     words = words_of(runs.args("baseline", tmp_path / "run"))
     flags = flags.format(folder=runs.material)
     monkeypatch.setattr(sys, "argv", ["baseline_mtp.py", *words, *flags.split()])
     before = set(runs.material.iterdir()) - {runs.material / ".lock"}
     with pytest.raises(SystemExit) as stop:
         common.run_script(baseline_mtp.main, baseline_mtp.Args, "manual")
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    (line,) = capfd.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and line.startswith("error: ")
     assert flags.rpartition("--")[2].split()[0] in line and word in line
     assert not {p.name for p in content(tmp_path)} - {"args.json", "baseline_mtp.py", "common.py"}
