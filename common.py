@@ -1241,7 +1241,8 @@ class Run:
     """The folder of a run and all that is no algorithm: lock, metrics, signals, checkpoints.
 
     Without `--run-dir` the folder's name holds a hash of the arguments and of the sources, so
-    edited sources are another run. `finished` says that the folder holds this run's `model/`.
+    edited sources are another run. `finished` says that the folder holds this run's `model/`. With
+    `--run-dir`, another `--max-steps` goes on from the last checkpoint on the new schedule.
 
     Raises:
         UsageError: the folder cannot be written, is in use, or holds other files, a run with
@@ -1251,6 +1252,7 @@ class Run:
     def __init__(self, args, script, ranks):
         self.args, self.ranks, self.num_steps = args, ranks, args.max_steps
         self.name, self.tracker, self.signals, self.stopping = "", None, [], False
+        self.finished = False
         self.files = [Path(script), Path(__file__)]
         fixed = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
         self.identity = {"script": Path(script).stem, **fixed}
@@ -1261,9 +1263,10 @@ class Run:
         with ranks.rank_0_first() as is_first:
             if is_first:
                 self._open(f"--run-dir {self.folder}")
-        self.finished = ranks.broadcast((self.folder / "model").is_dir())
+        self.finished = ranks.broadcast(self.finished)
         if self.finished:
-            ranks.print(f"finished  {self.folder} holds this run, finished; nothing to do")
+            more = f"more updates: --run-dir {shlex.quote(str(self.folder))} and --max-steps"
+            ranks.print(f"finished  {self.folder} holds this run; nothing to do ({more})")
 
     def _open(self, flag):
         """Lock the folder and check what it holds."""
@@ -1283,7 +1286,9 @@ class Run:
         record = json.loads((self.folder / "args.json").read_text())
         stored = {"script": record["script"], **record["args"]}
         stored = {name: stored.get(name) for name in self.identity}
-        if changes := differences(stored, self.identity):
+        same_steps = stored["max_steps"] == self.args.max_steps
+        self.finished = same_steps and (self.folder / "model").is_dir()
+        if changes := differences(stored, self.identity, but="max_steps"):
             raise UsageError(f"{flag}: holds a run with other arguments ({changes})")
         for file in self.files:
             if file.read_bytes() != (self.folder / file.name).read_bytes():
@@ -1330,8 +1335,12 @@ class Run:
         folder = f"{folder}/{self.name}".rstrip("/")
         self.checkpoints = Checkpoints(folder, self.identity, self.args.keep_last, self.ranks)
         self.start, metrics = self.checkpoints.load(model, optimizer)
+        if self.start > self.num_steps:
+            remedy = f"{self.start} updates are done; raise it, or name a new --run-dir"
+            raise UsageError(f"--max-steps {self.num_steps}: {remedy}")
         if self.ranks.rank == 0:  # lines after the checkpoint go: their updates are done again
             (self.folder / "metrics.jsonl").write_bytes(metrics)
+            self._note_max_steps()
         if self.tracker is None:
             kind = self.args.tracker if self.ranks.rank == 0 else "none"
             self.tracker = Tracker(kind, self.folder, vars(self.args))
@@ -1340,6 +1349,18 @@ class Run:
             numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # nohup
             self.handlers = {number: signal.signal(number, self._catch) for number in numbers}
         return self.start
+
+    def _note_max_steps(self):
+        """Where --max-steps is another than before, note it and put the finished model aside."""
+        file = self.folder / "args.json"
+        record = json.loads(file.read_text())
+        before = record["args"]["max_steps"]
+        if before != self.args.max_steps:
+            if (self.folder / "model").is_dir():
+                (self.folder / "model").rename(self.folder / f"model_step_{before:06d}")
+            record.setdefault("max_steps_before", []).append(before)
+            record["args"]["max_steps"] = self.args.max_steps
+            write_whole(file, json.dumps(record, indent=1))
 
     def _catch(self, number, frame):
         self.signals.append(signal.Signals(number).name)
@@ -1453,15 +1474,19 @@ def describe(args, model, data, micro_batch_size, ranks):
     ranks.print(f"data      {args.data}, {rows}")
     ranks.print(f"batch     {args.batch_size} rows = {batch}")
     ranks.print(f"run       {args.max_steps:,} updates, {epochs:.2f} epochs")
+    if args.warmup_steps >= args.max_steps:
+        text = f"is not below --max-steps {args.max_steps}: the rate only rises"
+        ranks.print(f"warning   --warmup-steps {args.warmup_steps} {text}")
 
 
 def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def differences(before, now):
+def differences(before, now, but=None):
     """What differs between two flat records, as `name old there, new here; ...`."""
-    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    names = sorted({*before, *now} - {but})
+    changed = [name for name in names if before.get(name) != now.get(name)]
     return "; ".join(f"{name} {before.get(name)} there, {now.get(name)} here" for name in changed)
 
 
@@ -1561,9 +1586,10 @@ class Tracker:
             if self.kind == "wandb":
                 for file in files:
                     self.wandb_run.save(str(file), base_path=str(file.parent), policy="now")
-                folder, address = Path(self.wandb_run.dir).parent, self.wandb_run.url
+                address = self.wandb_run.url
                 self.wandb_run.finish(exit_code=int(status != "FINISHED"))
-                return address or f"wandb sync {shlex.quote(str(folder))}"
+                folders = sorted(map(str, self.folder.glob("wandb/offline-run-*")))
+                return address or shlex.join(["wandb", "sync", *folders])
 
 
 def log_to_tracker(run_dir, step, metrics, files):
@@ -1731,6 +1757,10 @@ class Checkpoints:
             reader = self._storage(name, dcp.FileSystemReader, FsspecReader)
             dcp.load(named_state(model, optimizer), storage_reader=reader, **self.options)
             self.ranks.print(f"resume    from {self.folder}/{name}")
+            before, now = meta["identity"].get("max_steps"), self.identity.get("max_steps")
+            if before != now:
+                text = "on the new schedule: not what a straight run gives"
+                self.ranks.print(f"resume    --max-steps was {before} and is {now}; {text}")
             if changes := differences(meta["versions"], versions()):
                 self.ranks.print(f"resume    not bit for bit, as versions changed: {changes}")
         return meta["step"], metrics
@@ -1750,7 +1780,7 @@ class Checkpoints:
             except (FileNotFoundError, ValueError) as error:
                 damage = first_line(error)
             if not damage:
-                if changes := differences(meta["identity"], self.identity):
+                if changes := differences(meta["identity"], self.identity, but="max_steps"):
                     raise UsageError(f"{self.flag}: {name} is of another run ({changes})")
                 return name, meta, self.fs.cat_file(f"{path}/metrics.jsonl")
             print(f"checkpoint {path} is bad: {damage}", flush=True)

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -90,7 +91,9 @@ class Runs:
 
 @pytest.fixture(scope="session")
 def runs(material, tmp_path_factory):
-    return Runs(material, tmp_path_factory.mktemp("runs"))
+    result = Runs(material, tmp_path_factory.mktemp("runs"))
+    result.straight("baseline")  # now, not under what a test patches
+    return result
 
 
 def at_update(monkeypatch, step, action, stage=""):
@@ -308,6 +311,28 @@ def test_a_finished_run_is_left_as_it_is(runs, capsys):
     assert content(runs.straight("baseline")) == before
 
 
+def test_max_steps_may_be_raised(runs, tmp_path, capsys):
+    """On a finished run and again after a kill; with a constant rate and all heads the same."""
+    long, changes = tmp_path / "long", dict(mtp_schedule="constant", warmup_steps=10**9)
+    for run_dir, max_steps in ((long, 8), (tmp_path / "run", 6)):
+        assert runs.main("baseline", run_dir, max_steps=max_steps, **changes) == 0
+    assert "warning   --warmup-steps 1000000000 is not below" in capsys.readouterr().out
+    args = runs.args("baseline", tmp_path / "run", max_steps=8, **changes)
+    kill(baseline_mtp, args, after=7)
+    output = capsys.readouterr().out
+    assert "checkpoints/step_000006\n" in output and "not what a straight run gives" in output
+    assert run_main(baseline_mtp, args) == 0
+    assert same_run(tmp_path / "run", long)
+    record = json.loads((tmp_path / "run/args.json").read_text())
+    assert record["args"]["max_steps"] == 8 and record["max_steps_before"] == [6]
+    assert (tmp_path / "run/model_step_000006").is_dir()
+
+    before = content(long)
+    lower = functools.partial(runs.main, "baseline", long, max_steps=7, **changes)
+    refused(lower, "--max-steps 7", "8 updates are done", "--run-dir")
+    assert content(long) == before
+
+
 def test_other_arguments_or_data_are_refused_by_name(runs, tmp_path):
     run_dir = runs.unfinished(tmp_path / "run")
     before = content(run_dir)
@@ -406,6 +431,15 @@ def test_where_no_checkpoint_is_good_nothing_is_touched(runs, tmp_path):
     assert content(run_dir) == before
 
 
+def test_a_checkpoint_store_alone_resumes(runs, tmp_path):
+    """The run folder is gone, as on a replaced machine."""
+    args = runs.args("baseline", tmp_path / "a/run", checkpoint_dir=f"file://{tmp_path}/store")
+    kill(baseline_mtp, args, after=5)
+    shutil.rmtree(tmp_path / "a")
+    assert run_main(baseline_mtp, args) == 0
+    assert same_run(tmp_path / "a/run", runs.straight("baseline"))
+
+
 def test_checkpoints_of_another_run_are_refused(runs, tmp_path):
     shared = dict(checkpoint_dir=tmp_path / "shared", max_steps=2)
     assert runs.main("baseline", tmp_path / "a/run", **shared) == 0
@@ -451,6 +485,29 @@ def test_mlflow_holds_the_metrics_of_both_stages_in_one_record(runs):
         assert {(point.step, point.value) for point in history} == expected, name
 
 
+def test_runs_that_start_together_in_a_new_folder_all_have_a_record(tmp_path):
+    import mlflow  # noqa: F401 (once for all three)
+
+    fork = multiprocessing.get_context("fork")
+    names = ["a", "b", "c"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    starts = [fork.Process(target=start_and_end, args=(tmp_path / name,)) for name in names]
+    for process in starts:
+        process.start()
+    for process in starts:
+        process.join()
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    records = client.search_runs([client.get_experiment_by_name("wmtp").experiment_id])
+    assert sorted(record.info.run_name for record in records) == names
+
+
+def start_and_end(folder):
+    common.Tracker("mlflow", folder, {"seed": 0}).finish([])
+
+
 def test_a_tracker_that_fails_stops_no_training(runs, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/file/mlflow.db")
@@ -463,10 +520,15 @@ def test_wandb_works_offline(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert runs.main("baseline", tmp_path / "run", tracker="wandb", max_steps=2) == 0
+    args = runs.args("baseline", tmp_path / "run", tracker="wandb", max_steps=2)
+    for _ in range(2):
+        assert run_main(baseline_mtp, args) == 0
+        shutil.rmtree(tmp_path / "run/model")
+        time.sleep(1)  # a folder is named after the second
     output = capsys.readouterr()
-    assert "failed" not in output.err and "wandb sync" in output.out
-    assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+    folders = {str(file.parent) for file in (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")}
+    assert len(folders) == 2 and "failed" not in output.err
+    assert f"look      wandb sync {' '.join(sorted(folders))}" in output.out
 
 
 # -------------------------------------------------------------------------------------- bad input
