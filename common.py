@@ -104,9 +104,9 @@ def run_script(main, args_class, doc):
         if is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:  # in the loop a signal is caught by the run
+    except KeyboardInterrupt:  # once a run trains, it catches signals itself
         if is_first:
-            print("stopped   by SIGINT; no update was lost", file=sys.stderr, flush=True)
+            print("stopped   by SIGINT", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
     except Exception:
         if "mlflow" in sys.modules:
@@ -194,13 +194,11 @@ def setup_ranks(device, dtype):
         text = f"are set without {', '.join(missing)}; unset them, or start by torchrun"
         raise UsageError(f"RANK or WORLD_SIZE in the environment {text}")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    has_cuda = torch.cuda.is_available()
+    available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if device == "auto":
-        device = "cuda" if has_cuda else "cpu"
-    if device == "cuda" and not has_cuda:
-        raise UsageError("--device cuda: torch finds no CUDA device; use --device cpu")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("--device mps: torch finds no Metal device; use --device cpu")
+        device = "cuda" if available["cuda"] else "cpu"
+    if not available.get(device, True):
+        raise UsageError(f"--device {device}: torch finds no such device; use --device cpu")
     own_device = torch.device(device)
     if device == "cuda":
         own_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -1340,27 +1338,19 @@ class Run:
             raise UsageError(f"--max-steps {self.num_steps}: {remedy}")
         if self.ranks.rank == 0:  # lines after the checkpoint go: their updates are done again
             (self.folder / "metrics.jsonl").write_bytes(metrics)
-            self._note_max_steps()
+            record = json.loads((self.folder / "args.json").read_text())
+            if (self.folder / "model").is_dir():  # it was finished with other --max-steps
+                name = f"model_step_{record['args']['max_steps']:06d}"
+                (self.folder / "model").rename(self.folder / name)
+            record["args"]["max_steps"] = self.args.max_steps
+            write_whole(self.folder / "args.json", json.dumps(record, indent=1))
         if self.tracker is None:
             kind = self.args.tracker if self.ranks.rank == 0 else "none"
             self.tracker = Tracker(kind, self.folder, vars(self.args))
-            names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-            numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+            numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
             numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # nohup
             self.handlers = {number: signal.signal(number, self._catch) for number in numbers}
         return self.start
-
-    def _note_max_steps(self):
-        """Where --max-steps is another than before, note it and put the finished model aside."""
-        file = self.folder / "args.json"
-        record = json.loads(file.read_text())
-        before = record["args"]["max_steps"]
-        if before != self.args.max_steps:
-            if (self.folder / "model").is_dir():
-                (self.folder / "model").rename(self.folder / f"model_step_{before:06d}")
-            record.setdefault("max_steps_before", []).append(before)
-            record["args"]["max_steps"] = self.args.max_steps
-            write_whole(file, json.dumps(record, indent=1))
 
     def _catch(self, number, frame):
         self.signals.append(signal.Signals(number).name)
@@ -1417,8 +1407,6 @@ class Run:
         shown = {name: metrics[name] for name in SHOWN.split() if name in metrics}
         if shown and (is_due or "eval/bits_per_byte" in shown):
             words = [f"{name.partition('/')[2]} {value:.4g}" for name, value in shown.items()]
-            heads = [f"{value:.3f}" for name, value in metrics.items() if "/loss_head_" in name]
-            words += ["heads " + " ".join(heads)] if heads else []
             pace = (time.time() - self.began) / max(1, step - self.start)
             left = datetime.timedelta(seconds=int(pace * (self.num_steps - step)))
             line = f"{self.name} step {step}/{self.num_steps} | {' | '.join(words)}".lstrip()
@@ -1511,16 +1499,13 @@ class Tracker:
     """
 
     def __init__(self, kind, folder, arguments):
-        self.kind, self.folder = kind, folder
+        self.kind, self.folder, self.arguments = kind, folder, arguments
         file = folder / "tracker.json"
-        known = json.loads(file.read_text()) if file.exists() else {}
+        run_id = json.loads(file.read_text()).get(kind) if file.exists() else None
+        start = {"mlflow": self._start_mlflow, "wandb": self._start_wandb}.get(kind)
         with self._off_if_it_fails():
-            if kind == "mlflow":
-                known[kind] = self._start_mlflow(known.pop(kind, None), arguments)
-            elif kind == "wandb":
-                known[kind] = self._start_wandb(known.pop(kind, None), arguments)
-            if kind != "none":
-                write_whole(file, json.dumps(known))  # the last one counts
+            if start:
+                write_whole(file, json.dumps({kind: start(run_id)}))
 
     @contextlib.contextmanager
     def _off_if_it_fails(self):
@@ -1531,38 +1516,37 @@ class Tracker:
             print(text, file=sys.stderr, flush=True)
             self.kind = "none"
 
-    def _start_mlflow(self, run_id, arguments):
+    def _start_mlflow(self, run_id):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         import mlflow
 
-        self.mlflow = mlflow
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        for name in ("alembic", "mlflow"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         runs = self.folder.parent.resolve()
         database = f"sqlite:///{runs}/mlflow.db"
         mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", database))
         with filelock.FileLock(runs / ".mlflow.lock"):  # MLflow migrates a new file without a lock
             if mlflow.get_experiment_by_name("wmtp") is None:
                 mlflow.create_experiment("wmtp", f"{runs.as_uri()}/mlartifacts")
-            self.experiment = mlflow.set_experiment("wmtp").experiment_id
-            run = mlflow.start_run(run_id, run_name=self.folder.name)
+            mlflow.set_experiment("wmtp")
+            self.run = mlflow.start_run(run_id, run_name=self.folder.name)
         if run_id is None:
-            mlflow.log_params({name: str(value)[:500] for name, value in arguments.items()})
-        return run.info.run_id
+            mlflow.log_params({name: str(value)[:500] for name, value in self.arguments.items()})
+        self.mlflow = mlflow
+        return self.run.info.run_id
 
-    def _start_wandb(self, run_id, arguments):
+    def _start_wandb(self, run_id):
         import wandb
 
         has_key = os.environ.get("WANDB_API_KEY") or Path.home().joinpath(".netrc").exists()
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
         run_id = run_id or sha256(str(self.folder.resolve()).encode())[:16]
         options = dict(id=run_id, resume="allow", dir=str(self.folder), mode=mode)
-        options.update(project="wmtp", name=self.folder.name, config=arguments)
-        self.wandb_run = wandb.init(**options)
-        self.wandb_run.define_metric("*", step_metric="step")  # wandb's own step cannot go back
-        self.wandb_run.define_metric("value/*", step_metric="value/step")
+        options.update(project="wmtp", name=self.folder.name, config=self.arguments)
+        self.run = wandb.init(**options)
+        self.run.define_metric("*", step_metric="step")  # wandb's own step cannot go back
+        self.run.define_metric("value/*", step_metric="value/step")
         return run_id
 
     def log(self, step, metrics):
@@ -1570,7 +1554,7 @@ class Tracker:
             if self.kind == "mlflow":
                 self.mlflow.log_metrics(metrics, step=step, synchronous=False)
             elif self.kind == "wandb":
-                self.wandb_run.log(metrics)
+                self.run.log(metrics)
 
     def finish(self, files, status="FINISHED"):
         """Send what is left and these files; returns what shows the run, or None."""
@@ -1580,14 +1564,14 @@ class Tracker:
                 for file in files:
                     self.mlflow.log_artifact(str(file))
                 self.mlflow.end_run(status)
-                uri = shlex.quote(self.mlflow.get_tracking_uri())
-                address = f"http://127.0.0.1:5000/#/experiments/{self.experiment}/runs"
-                return f"mlflow ui --backend-store-uri {uri}, then {address}"
+                command = ["mlflow", "ui", "--backend-store-uri", self.mlflow.get_tracking_uri()]
+                runs = f"http://127.0.0.1:5000/#/experiments/{self.run.info.experiment_id}/runs"
+                return f"{shlex.join(command)}, then {runs}"
             if self.kind == "wandb":
                 for file in files:
-                    self.wandb_run.save(str(file), base_path=str(file.parent), policy="now")
-                address = self.wandb_run.url
-                self.wandb_run.finish(exit_code=int(status != "FINISHED"))
+                    self.run.save(str(file), base_path=str(file.parent), policy="now")
+                address = self.run.url
+                self.run.finish(exit_code=int(status != "FINISHED"))
                 folders = sorted(map(str, self.folder.glob("wandb/offline-run-*")))
                 return address or shlex.join(["wandb", "sync", *folders])
 
@@ -1596,7 +1580,7 @@ def log_to_tracker(run_dir, step, metrics, files):
     """Add metrics and files to the tracker's record of a finished run, where there is one."""
     file = Path(run_dir) / "tracker.json"
     if file.exists():
-        kind = list(json.loads(file.read_text()))[-1]
+        (kind,) = json.loads(file.read_text())
         tracker = Tracker(kind, Path(run_dir), {})
         tracker.log(step, {"step": step, **metrics})
         tracker.finish(files)

@@ -244,7 +244,7 @@ def test_ctrl_c_before_the_first_update_is_one_line(material, capfd, monkeypatch
     with pytest.raises(SystemExit) as stop:
         common.run_script(interrupted, baseline_mtp.Args, "manual")
     assert stop.value.code == 130
-    assert capfd.readouterr().err == "stopped   by SIGINT; no update was lost\n"
+    assert capfd.readouterr().err == "stopped   by SIGINT\n"
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
@@ -324,7 +324,7 @@ def test_max_steps_may_be_raised(runs, tmp_path, capsys):
     assert run_main(baseline_mtp, args) == 0
     assert same_run(tmp_path / "run", long)
     record = json.loads((tmp_path / "run/args.json").read_text())
-    assert record["args"]["max_steps"] == 8 and record["max_steps_before"] == [6]
+    assert record["args"]["max_steps"] == 8
     assert (tmp_path / "run/model_step_000006").is_dir()
 
     before = content(long)
@@ -485,9 +485,10 @@ def test_mlflow_holds_the_metrics_of_both_stages_in_one_record(runs):
         assert {(point.step, point.value) for point in history} == expected, name
 
 
-def test_runs_that_start_together_in_a_new_folder_all_have_a_record(tmp_path):
+def test_runs_that_start_together_in_a_new_folder_all_have_a_record(tmp_path, monkeypatch):
     import mlflow  # noqa: F401 (once for all three)
 
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow sets it for its children
     fork = multiprocessing.get_context("fork")
     names = ["a", "b", "c"]
     for name in names:
