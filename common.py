@@ -159,13 +159,20 @@ class Ranks:
         return values[0]
 
     @contextlib.contextmanager
-    def rank_0_first(self):
-        """True on rank 0, which works alone inside; its `UsageError` is raised on all ranks."""
+    def rank_0_first(self, failure=""):
+        """True on rank 0, which works alone inside; its `UsageError` is raised on all ranks.
+
+        Where `failure` is given, any other error is raised as a `UsageError` that begins so.
+        """
         message = None
         try:
             yield self.rank == 0
         except UsageError as error:
             message = str(error)
+        except Exception as error:
+            if not failure:
+                raise
+            message = f"{failure} ({type(error).__name__}: {first_line(error)})"
         message = self.broadcast(message)
         if message is not None:
             raise UsageError(message)
@@ -189,10 +196,11 @@ def setup_ranks(device, dtype):
     `dtype="auto"` is bf16 on a GPU that has it and fp32 elsewhere, so a command gives the same
     numbers on any CPU.
     """
-    missing = [name for name in TORCHRUN if name not in os.environ]
-    if missing and ("RANK" in os.environ or "WORLD_SIZE" in os.environ):
-        text = f"are set without {', '.join(missing)}; unset them, or start by torchrun"
-        raise UsageError(f"RANK or WORLD_SIZE in the environment {text}")
+    missing = ", ".join(name for name in TORCHRUN if name not in os.environ)
+    for name in ("RANK", "WORLD_SIZE"):
+        if missing and name in os.environ:
+            text = f"is set without {missing}; unset it, or start by torchrun"
+            raise UsageError(f"{name}={os.environ[name]} in the environment {text}")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if device == "auto":
@@ -1258,9 +1266,10 @@ class Run:
         digest = sha256(json.dumps([self.identity, sources]).encode())[:8]
         self.folder = Path(args.run_dir or f"runs/{Path(script).stem}-s{args.seed}-{digest}")
         self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
-        with ranks.rank_0_first() as is_first:
+        flag = f"--run-dir {self.folder}"
+        with ranks.rank_0_first(f"{flag}: cannot be read or written") as is_first:
             if is_first:
-                self._open(f"--run-dir {self.folder}")
+                self._open(flag)
         self.finished = ranks.broadcast(self.finished)
         if self.finished:
             more = f"more updates: --run-dir {shlex.quote(str(self.folder))} and --max-steps"
@@ -1268,13 +1277,11 @@ class Run:
 
     def _open(self, flag):
         """Lock the folder and check what it holds."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self.lock.acquire()
         except filelock.Timeout:
             raise UsageError(f"{flag}: in use by another process") from None
-        except OSError as error:
-            raise UsageError(f"{flag}: cannot be written ({error.strerror})") from None
         if not (self.folder / "metrics.jsonl").exists():  # nothing was trained here yet
             own = {".lock", "args.json", "args.tmp", *(file.name for file in self.files)}
             if {file.name for file in self.folder.iterdir()} - own:
@@ -1300,7 +1307,7 @@ class Run:
         Raises:
             UsageError: data, tokenizer or another fingerprint is not the one of the start.
         """
-        file, record = self.folder / "args.json", None
+        file = self.folder / "args.json"
         fingerprints["data_fingerprint"] = data.fingerprint
         fingerprints["tokenizer_fingerprint"] = data.tokenizer_fingerprint
         if self.ranks.rank == 0 and not file.exists():
@@ -1311,8 +1318,7 @@ class Run:
             record.update(products=str(self.ranks.dtype).removeprefix("torch."), **fingerprints)
             record.update(heldout_fingerprint=data.heldout_fingerprint, versions=versions())
             write_whole(file, json.dumps(record, indent=1))
-        if self.ranks.rank == 0:
-            record = json.loads(file.read_text())
+        record = json.loads(file.read_text()) if self.ranks.rank == 0 else None
         record = self.ranks.broadcast(record)
         if changes := differences({name: record.get(name) for name in fingerprints}, fingerprints):
             raise UsageError(f"--run-dir {self.folder}: was started on other inputs ({changes})")
@@ -1345,11 +1351,11 @@ class Run:
             record["args"]["max_steps"] = self.args.max_steps
             write_whole(self.folder / "args.json", json.dumps(record, indent=1))
         if self.tracker is None:
-            kind = self.args.tracker if self.ranks.rank == 0 else "none"
-            self.tracker = Tracker(kind, self.folder, vars(self.args))
             numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
             numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # nohup
             self.handlers = {number: signal.signal(number, self._catch) for number in numbers}
+            kind = self.args.tracker if self.ranks.rank == 0 else "none"
+            self.tracker = Tracker(kind, self.folder, vars(self.args))
         return self.start
 
     def _catch(self, number, frame):
@@ -1728,14 +1734,9 @@ class Checkpoints:
                 or none that is good.
         """
         last_good = None
-        with self.ranks.rank_0_first() as is_first:
-            try:
-                last_good = self._last_good() if is_first else None
-            except UsageError:
-                raise
-            except Exception as error:  # whatever a store raises
-                reason = f"{type(error).__name__}: {first_line(error)}"
-                raise UsageError(f"{self.flag}: cannot be read or written ({reason})") from None
+        with self.ranks.rank_0_first(f"{self.flag}: cannot be read or written") as is_first:
+            if is_first:
+                last_good = self._last_good()
         name, meta, metrics = self.ranks.broadcast(last_good)
         if name:
             reader = self._storage(name, dcp.FileSystemReader, FsspecReader)

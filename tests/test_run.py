@@ -214,6 +214,18 @@ def test_a_stop_signal_saves_and_exits_with_0(runs, tmp_path, capsys, kind, name
     assert same_run(tmp_path, runs.straight(name))
 
 
+def test_a_signal_while_the_tracker_starts_is_obeyed(runs, tmp_path, capsys, monkeypatch):
+    start = common.Tracker.__init__
+
+    def interrupted(tracker, *arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        start(tracker, *arguments)
+
+    monkeypatch.setattr(common.Tracker, "__init__", interrupted)
+    assert runs.main("baseline", tmp_path) == 0
+    assert "stopped   by SIGINT after update 1 of 6; saved" in capsys.readouterr().out
+
+
 def test_a_run_under_nohup_goes_on_when_the_terminal_closes(runs, tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with pytest.MonkeyPatch.context() as patch:
@@ -537,7 +549,7 @@ BAD = [
     ("--batch-size 10 --micro-batch-size 4", "8 or 12"),
     ("--max-steps 0", "from 1"),
     ("--lr nan", "from 0"),
-    ("--run-dir {folder}/text.jsonl/run", "cannot be written"),
+    ("--run-dir {folder}/text.jsonl/run", "cannot be read or written"),
     ("--run-dir {folder}", "name a new folder"),
     ("--checkpoint-dir {folder}/text.jsonl", "cannot be read or written"),
 ]
