@@ -9,7 +9,6 @@ Shapes: B sequences, T positions, K heads, V vocabulary, D width, N tokens or ro
 
 import ast
 import collections
-import concurrent.futures
 import contextlib
 import copy
 import csv
@@ -19,6 +18,7 @@ import functools
 import glob
 import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
 import logging
@@ -29,7 +29,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -40,7 +39,6 @@ from pathlib import Path
 
 import datasets
 import filelock
-import fsspec
 import numpy as np
 import pyarrow.parquet
 import torch
@@ -78,16 +76,42 @@ def first_line(error):
 
 
 # ------------------------------------------------------------------------------- ranks and FSDP2
+class Output(io.FileIO):
+    """Standard output or error; where nobody reads any more (`| head`), what is written is lost."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
 def run_script(main, args_class, doc):
-    """Parse the command line and run `main(args)`; a `UsageError` is one line and exit code 2."""
-    rank = int(os.environ.get("RANK", 0))
+    """Parse the command line and run `main(args)`; a `UsageError` is one line and exit code 2.
+
+    Of arguments, `~` is a home, and `folder/` is `folder`.
+    """
+    is_first = os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if (stream := getattr(sys, name)) is not None:
+            raw = io.BufferedWriter(Output(number, "w", closefd=False))
+            options = dict(errors="backslashreplace", line_buffering=True)
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, **options))
     transformers.utils.logging.disable_progress_bar()
     try:
-        main(tyro.cli(args_class, description=doc, console_outputs=rank == 0))
+        args = tyro.cli(args_class, description=doc, console_outputs=is_first)
+        for name, value in vars(args).items():
+            if isinstance(value, str):
+                setattr(args, name, re.sub(r"(?<=[^:/])/+$", "", os.path.expanduser(value)))
+        main(args)
     except UsageError as error:
-        if rank == 0:
+        if is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:  # once a run trains, it catches signals itself
+        if is_first:
+            print("stopped   by SIGINT", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
     except Exception:
         if "mlflow" in sys.modules:
             sys.modules["mlflow"].end_run("FAILED")
@@ -139,13 +163,20 @@ class Ranks:
         return values[0]
 
     @contextlib.contextmanager
-    def rank_0_first(self):
-        """True on rank 0, which works alone inside; its `UsageError` is raised on all ranks."""
+    def rank_0_first(self, failure=""):
+        """True on rank 0, which works alone inside; its `UsageError` is raised on all ranks.
+
+        Where `failure` is given, any other error is raised as a `UsageError` that begins so.
+        """
         message = None
         try:
             yield self.rank == 0
         except UsageError as error:
             message = str(error)
+        except Exception as error:
+            if not failure:
+                raise
+            message = f"{failure} ({type(error).__name__}: {first_line(error)})"
         message = self.broadcast(message)
         if message is not None:
             raise UsageError(message)
@@ -160,20 +191,26 @@ class Ranks:
             print(text, flush=True)
 
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # its variables
+
+
 def setup_ranks(device, dtype):
     """Join torchrun's process group (without torchrun: one process); choose device and dtype.
 
     `dtype="auto"` is bf16 on a GPU that has it and fp32 elsewhere, so a command gives the same
     numbers on any CPU.
     """
+    missing = ", ".join(name for name in TORCHRUN if name not in os.environ)
+    for name in ("RANK", "WORLD_SIZE"):
+        if missing and name in os.environ:
+            text = f"is set without {missing}; unset it, or start by torchrun"
+            raise UsageError(f"{name}={os.environ[name]} in the environment {text}")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    has_cuda = torch.cuda.is_available()
+    available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if device == "auto":
-        device = "cuda" if has_cuda else "cpu"
-    if device == "cuda" and not has_cuda:
-        raise UsageError("--device cuda: torch finds no CUDA device; use --device cpu")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("--device mps: torch finds no Metal device; use --device cpu")
+        device = "cuda" if available["cuda"] else "cpu"
+    if not available.get(device, True):
+        raise UsageError(f"--device {device}: torch finds no such device; use --device cpu")
     own_device = torch.device(device)
     if device == "cuda":
         own_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -1384,22 +1421,17 @@ def _mutant(function, choose):
 
 
 # --------------------------------------------------------------------------------------- the run
-MAY_CHANGE = (  # arguments without effect on the result: a resumed run may change them
-    "run_dir", "accept_changed_sources", "tracker", "device", "recompute", "compile",
-    "eval_every", "save_every", "keep_last",
-)  # fmt: skip
-SHOWN = {  # metrics on the screen and their labels
-    "train/loss": "loss", "value/loss": "loss", "weights/ess_frac": "ess",
-    "train/grad_norm": "gnorm", "perf/tokens_per_s": "tok/s",
-    "eval/bits_per_byte": "held-out bits per byte",
-}  # fmt: skip
+# Arguments without effect on the result: a resumed run may change them
+MAY_CHANGE = "run_dir tracker device recompute compile eval_every save_every keep_last".split()
+SHOWN = "train/loss value/loss weights/ess_frac train/grad_norm eval/bits_per_byte"  # on the screen
 
 
 class Run:
     """The folder of a run and all that is no algorithm: lock, metrics, signals, checkpoints.
 
     Without `--run-dir` the folder's name holds a hash of the arguments and of the sources, so
-    edited sources are another run. `finished` says that the folder holds this run's `model/`.
+    edited sources are another run. `finished` says that the folder holds this run's `model/`. With
+    `--run-dir`, another `--max-steps` goes on from the last checkpoint on the new schedule.
 
     Raises:
         UsageError: the folder cannot be written, is in use, or holds other files, a run with
@@ -1408,32 +1440,33 @@ class Run:
 
     def __init__(self, args, script, ranks):
         self.args, self.ranks, self.num_steps = args, ranks, args.max_steps
-        self.name, self.tracker, self.stopping = "", None, False
+        self.name, self.tracker, self.signals, self.stopping = "", None, [], False
+        self.finished = False
         self.files = [Path(script), Path(__file__)]
-        self.sources = {file.name: sha256(file.read_bytes())[:16] for file in self.files}
         fixed = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
         self.identity = {"script": Path(script).stem, **fixed}
-        digest = sha256(json.dumps([self.identity, self.sources]).encode())[:8]
+        sources = [sha256(file.read_bytes()) for file in self.files]
+        digest = sha256(json.dumps([self.identity, sources]).encode())[:8]
         self.folder = Path(args.run_dir or f"runs/{Path(script).stem}-s{args.seed}-{digest}")
         self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
-        with ranks.rank_0_first() as is_first:
+        flag = f"--run-dir {self.folder}"
+        with ranks.rank_0_first(f"{flag}: cannot be read or written") as is_first:
             if is_first:
-                self._open(f"--run-dir {self.folder}")
-        self.finished = ranks.broadcast((self.folder / "model").is_dir())
+                self._open(flag)
+        self.finished = ranks.broadcast(self.finished)
         if self.finished:
-            ranks.print(f"finished  {self.folder} holds this run, finished; nothing to do")
+            more = f"more updates: --run-dir {shlex.quote(str(self.folder))} and --max-steps"
+            ranks.print(f"finished  {self.folder} holds this run; nothing to do ({more})")
 
     def _open(self, flag):
         """Lock the folder and check what it holds."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self.lock.acquire()
         except filelock.Timeout:
             raise UsageError(f"{flag}: in use by another process") from None
-        except OSError as error:
-            raise UsageError(f"{flag}: cannot be written ({error.strerror})") from None
         if not (self.folder / "metrics.jsonl").exists():  # nothing was trained here yet
-            own = {".lock", "args.json", "args.tmp", *self.sources}
+            own = {".lock", "args.json", "args.tmp", *(file.name for file in self.files)}
             if {file.name for file in self.folder.iterdir()} - own:
                 raise UsageError(f"{flag}: not empty and no run; name a new folder")
             (self.folder / "args.json").unlink(missing_ok=True)
@@ -1441,18 +1474,15 @@ class Run:
         record = json.loads((self.folder / "args.json").read_text())
         stored = {"script": record["script"], **record["args"]}
         stored = {name: stored.get(name) for name in self.identity}
-        if changes := differences(stored, self.identity):
+        same_steps = stored["max_steps"] == self.args.max_steps
+        self.finished = same_steps and (self.folder / "model").is_dir()
+        if changes := differences(stored, self.identity, but="max_steps"):
             raise UsageError(f"{flag}: holds a run with other arguments ({changes})")
-        before = record.get("sources", {})
-        changed = ", ".join(name for name in self.sources if self.sources[name] != before.get(name))
-        if changed and not self.args.accept_changed_sources:
-            remedy = "name a new folder, or add --accept-changed-sources to resume"
-            raise UsageError(f"{flag}: {changed} differs from the copy in it; {remedy}")
-        if changed:
-            for file in self.files:
-                shutil.copy(file, self.folder / f"{self.sources[file.name][:8]}-{file.name}")
-            record.setdefault("accepted_sources", []).append(self.sources)
-            write_whole(self.folder / "args.json", json.dumps(record, indent=1))
+        for file in self.files:
+            if file.read_bytes() != (self.folder / file.name).read_bytes():
+                copy = shlex.join(["cp", str(file), str(self.folder)])
+                remedy = f"to resume under the new one: {copy}; or name a new folder"
+                raise UsageError(f"{flag}: {file.name} differs from the copy in it; {remedy}")
 
     def record(self, data, **fingerprints):
         """Write args.json and copy the sources, once; a resumed run must find the same inputs.
@@ -1460,7 +1490,7 @@ class Run:
         Raises:
             UsageError: data, tokenizer or another fingerprint is not the one of the start.
         """
-        file, record = self.folder / "args.json", None
+        file = self.folder / "args.json"
         fingerprints["data_fingerprint"] = data.fingerprint
         fingerprints["tokenizer_fingerprint"] = data.tokenizer_fingerprint
         if self.ranks.rank == 0 and not file.exists():
@@ -1469,11 +1499,9 @@ class Run:
             command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
             record = dict(script=self.identity["script"], command=command, args=vars(self.args))
             record.update(products=str(self.ranks.dtype).removeprefix("torch."), **fingerprints)
-            record.update(heldout_fingerprint=data.heldout_fingerprint, sources=self.sources)
-            record.update(versions=versions(), **git_state(self.files))
+            record.update(heldout_fingerprint=data.heldout_fingerprint, versions=versions())
             write_whole(file, json.dumps(record, indent=1))
-        if self.ranks.rank == 0:
-            record = json.loads(file.read_text())
+        record = json.loads(file.read_text()) if self.ranks.rank == 0 else None
         record = self.ranks.broadcast(record)
         if changes := differences({name: record.get(name) for name in fingerprints}, fingerprints):
             raise UsageError(f"--run-dir {self.folder}: was started on other inputs ({changes})")
@@ -1490,31 +1518,38 @@ class Run:
         """Read the last checkpoint in place; returns the number of updates that are done."""
         folder = self.folder / "checkpoints"
         if self.args.checkpoint_dir:
-            folder = f"{self.args.checkpoint_dir.rstrip('/')}/{self.folder.name}"
+            folder = f"{self.args.checkpoint_dir}/{self.folder.name}"
         folder = f"{folder}/{self.name}".rstrip("/")
-        identity = {**self.identity, **self.sources}
-        ignored = self.sources if self.args.accept_changed_sources else ()
-        self.checkpoints = Checkpoints(folder, identity, self.args.keep_last, self.ranks, ignored)
+        self.checkpoints = Checkpoints(folder, self.identity, self.args.keep_last, self.ranks)
         self.start, metrics = self.checkpoints.load(model, optimizer)
+        if self.start > self.num_steps:
+            remedy = f"{self.start} updates are done; raise it, or name a new --run-dir"
+            raise UsageError(f"--max-steps {self.num_steps}: {remedy}")
         if self.ranks.rank == 0:  # lines after the checkpoint go: their updates are done again
             (self.folder / "metrics.jsonl").write_bytes(metrics)
+            record = json.loads((self.folder / "args.json").read_text())
+            if (self.folder / "model").is_dir():  # it was finished with other --max-steps
+                name = f"model_step_{record['args']['max_steps']:06d}"
+                (self.folder / "model").rename(self.folder / name)
+            record["args"]["max_steps"] = self.args.max_steps
+            write_whole(self.folder / "args.json", json.dumps(record, indent=1))
         if self.tracker is None:
+            numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+            numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # nohup
+            self.handlers = {number: signal.signal(number, self._catch) for number in numbers}
             kind = self.args.tracker if self.ranks.rank == 0 else "none"
             self.tracker = Tracker(kind, self.folder, vars(self.args))
-            names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-            numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-            self.handlers = {number: signal.signal(number, self._catch) for number in numbers}
         return self.start
 
     def _catch(self, number, frame):
-        SIGNALS.append(signal.Signals(number).name)
+        self.signals.append(signal.Signals(number).name)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second SIGINT ends the process
 
     def should_save(self, step):
         """After `step` updates: a checkpoint is due, or a signal to any rank asks to stop."""
         if step == self.start:
             self.began = time.time()
-        self.stopping = self.ranks.sum(torch.tensor(float(len(SIGNALS)))).item() > 0
+        self.stopping = self.ranks.sum(torch.tensor(float(len(self.signals)))).item() > 0
         is_due = self.args.save_every and step % self.args.save_every == 0
         return step > self.start and bool(is_due or self.stopping or step == self.num_steps)
 
@@ -1524,15 +1559,13 @@ class Run:
         Raises:
             SystemExit: a signal asked to stop. Exit code 0, or 1 if the checkpoint failed.
         """
-        metrics = b""
-        if self.ranks.rank == 0:
-            metrics = (self.folder / "metrics.jsonl").read_bytes()
+        metrics = (self.folder / "metrics.jsonl").read_bytes() if self.ranks.rank == 0 else b""
         self.checkpoints.save(step, model, optimizer, metrics)
         is_end = step == self.num_steps and not self.name
         if self.stopping and not is_end:
             is_saved = self.checkpoints.wait()
             state = "saved; the same command resumes" if is_saved else "not saved"
-            cause = SIGNALS[0] if SIGNALS else "a signal to another rank"
+            cause = self.signals[0] if self.signals else "a signal to another rank"
             updates = f"{self.name} update {step} of {self.num_steps}".strip()
             self.ranks.print(f"stopped   by {cause} after {updates}; {state}")
             self.close("KILLED")
@@ -1560,15 +1593,13 @@ class Run:
             file.write(json.dumps({**steps, **metrics}).encode() + b"\n")
         self.tracker.log(step, {**steps, **metrics})
         is_due = step % max(1, self.num_steps // 50) == 0 or step == self.num_steps
-        if is_due or "eval/bits_per_byte" in metrics:
-            shown = [f"{label} {metrics[n]:,.4g}" for n, label in SHOWN.items() if n in metrics]
-            heads = [f"{value:.3f}" for name, value in metrics.items() if "/loss_head_" in name]
+        shown = {name: metrics[name] for name in SHOWN.split() if name in metrics}
+        if shown and (is_due or "eval/bits_per_byte" in shown):
+            words = [f"{name.partition('/')[2]} {value:.4g}" for name, value in shown.items()]
             pace = (time.time() - self.began) / max(1, step - self.start)
-            left = int(pace * (self.num_steps - step))
-            shown += ["heads " + " ".join(heads)] * bool(heads)
-            line = f"{self.name} step {step}/{self.num_steps} | {' | '.join(shown)}".lstrip()
-            if shown:
-                print(f"{line} | eta {left // 60}m{left % 60:02d}s", flush=True)
+            left = datetime.timedelta(seconds=int(pace * (self.num_steps - step)))
+            line = f"{self.name} step {step}/{self.num_steps} | {' | '.join(words)}".lstrip()
+            print(f"{line} | eta {left}", flush=True)
 
     def write_weights(self, batch, weight_BT):
         """Write `weights.json` for evaluate.py: ids and weights (null: no target) of three rows."""
@@ -1582,36 +1613,31 @@ class Run:
             write_whole(self.folder / "weights.json", json.dumps(rows))
 
     def finish(self, model, tokenizer, data, heldout):
-        """Write `model/`, print the held-out figures beside zlib's, and close the run."""
+        """Write `model/`, close the run, and print the held-out figures beside zlib's."""
         self.checkpoints.wait()
         save_model(model, tokenizer, self.folder / "model", self.ranks)
         address = self.close("FINISHED")
-        if self.ranks.rank > 0:
-            return
-        print("\nheld-out  head   loss (nats)  accuracy")
+        say = self.ranks.print
+        say("\nheld-out  head   loss (nats)  accuracy")
         for k in range(1, self.args.num_heads + 1):
             loss, accuracy = heldout[f"eval/loss_head_{k}"], heldout[f"eval/acc_head_{k}"]
-            print(f"          {k:>4} {loss:>13.4f} {accuracy:>9.3f}")
+            say(f"          {k:>4} {loss:>13.4f} {accuracy:>9.3f}")
         bits, zlib_bits = heldout["eval/bits_per_byte"], data.zlib_bits_per_byte
-        print(f"          {bits:.3f} bits per byte of {data.heldout_bytes:,} held-out bytes")
-        print(f"          zlib -9: {zlib_bits:.3f}")
-        print(f"\nwritten   {self.folder}/  args.json metrics.jsonl checkpoints/ model/")
-        print(f"look      {address or 'no tracker; see metrics.jsonl'}")
-        print(f"next      python evaluate.py --run-dir {shlex.quote(str(self.folder))}", flush=True)
+        say(f"          {bits:.3f} bits per byte of {data.heldout_bytes:,} held-out bytes")
+        say(f"          zlib -9: {zlib_bits:.3f}")
+        say(f"\nwritten   {self.folder}/  args.json metrics.jsonl checkpoints/ model/")
+        say(f"look      {address or 'no tracker; see metrics.jsonl'}")
+        say(f"next      python evaluate.py --run-dir {shlex.quote(str(self.folder))}")
 
     def close(self, status):
         """Close the tracker, restore signals, unlock; returns what shows the run, or None."""
-        files = [self.folder / name for name in ("args.json", "metrics.jsonl", *self.sources)]
-        address = self.tracker.finish(files, status)
+        names = ("args.json", "metrics.jsonl", *(file.name for file in self.files))
+        address = self.tracker.finish([self.folder / name for name in names], status)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        SIGNALS.clear()
         self.ranks.barrier()  # no rank leaves while another works
         self.lock.release()
         return address
-
-
-SIGNALS = []  # names of the signals to stop that this process has received
 
 
 def describe(args, model, data, micro_batch_size, ranks):
@@ -1625,15 +1651,19 @@ def describe(args, model, data, micro_batch_size, ranks):
     ranks.print(f"data      {args.data}, {rows}")
     ranks.print(f"batch     {args.batch_size} rows = {batch}")
     ranks.print(f"run       {args.max_steps:,} updates, {epochs:.2f} epochs")
+    if args.warmup_steps >= args.max_steps:
+        text = f"is not below --max-steps {args.max_steps}: the rate only rises"
+        ranks.print(f"warning   --warmup-steps {args.warmup_steps} {text}")
 
 
 def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def differences(before, now):
+def differences(before, now, but=None):
     """What differs between two flat records, as `name old there, new here; ...`."""
-    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    names = sorted({*before, *now} - {but})
+    changed = [name for name in names if before.get(name) != now.get(name)]
     return "; ".join(f"{name} {before.get(name)} there, {now.get(name)} here" for name in changed)
 
 
@@ -1642,18 +1672,6 @@ def versions():
     packages = ("torch", "transformers", "datasets", "numpy")
     numbers = {package: importlib.metadata.version(package) for package in packages}
     return {"python": sys.version.split()[0], **numbers}
-
-
-def git_state(files):
-    """Commit of these sources, and whether one of them differs from it or is not tracked."""
-    git = ["git", "-C", str(files[0].resolve().parent)]
-    status = ["status", "--porcelain", "--ignored", "--", *(str(file.resolve()) for file in files)]
-    options = dict(capture_output=True, text=True, check=True)
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
-        return dict(commit=commit, dirty=bool(subprocess.run([*git, *status], **options).stdout))
-    except (OSError, subprocess.CalledProcessError):
-        return dict(commit=None, dirty=None)
 
 
 def write_whole(file, text):
@@ -1672,91 +1690,89 @@ class Tracker:
     def __init__(self, kind, folder, arguments):
         self.kind, self.folder, self.arguments = kind, folder, arguments
         file = folder / "tracker.json"
-        known = json.loads(file.read_text()) if file.exists() else {}
-        self.run_id = known.get(kind)
-        self._call("start")
-        if self.kind != "none":
-            others = {k: v for k, v in known.items() if k != self.kind}
-            write_whole(file, json.dumps({**others, self.kind: self.run_id}))  # the last one counts
+        run_id = json.loads(file.read_text()).get(kind) if file.exists() else None
+        start = {"mlflow": self._start_mlflow, "wandb": self._start_wandb}.get(kind)
+        with self._off_if_it_fails():
+            if start:
+                write_whole(file, json.dumps({kind: start(run_id)}))
 
-    def log(self, step, metrics):
-        self._call("log", step, metrics)
-
-    def finish(self, files, status="FINISHED"):
-        """Send what is left and these files; returns what shows the run, or None."""
-        return self._call("finish", files, status)
-
-    def _call(self, verb, *arguments):
+    @contextlib.contextmanager
+    def _off_if_it_fails(self):
         try:
-            return getattr(self, f"{self.kind}_{verb}")(*arguments) if self.kind != "none" else None
+            yield
         except Exception as error:  # whatever the tracker raises
             text = f"tracker   {self.kind} failed and is off from here on: {first_line(error)}"
             print(text, file=sys.stderr, flush=True)
             self.kind = "none"
 
-    def mlflow_start(self):
+    def _start_mlflow(self, run_id):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         import mlflow
 
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        for name in ("alembic", "mlflow"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         runs = self.folder.parent.resolve()
         database = f"sqlite:///{runs}/mlflow.db"
         mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", database))
         with filelock.FileLock(runs / ".mlflow.lock"):  # MLflow migrates a new file without a lock
             if mlflow.get_experiment_by_name("wmtp") is None:
                 mlflow.create_experiment("wmtp", f"{runs.as_uri()}/mlartifacts")
-            self.experiment = mlflow.set_experiment("wmtp").experiment_id
-            run = mlflow.start_run(self.run_id, run_name=self.folder.name)
-        if self.run_id is None:
+            mlflow.set_experiment("wmtp")
+            self.run = mlflow.start_run(run_id, run_name=self.folder.name)
+        if run_id is None:
             mlflow.log_params({name: str(value)[:500] for name, value in self.arguments.items()})
-        self.mlflow, self.run_id = mlflow, run.info.run_id
+        self.mlflow = mlflow
+        return self.run.info.run_id
 
-    def mlflow_log(self, step, metrics):
-        self.mlflow.log_metrics(metrics, step=step, synchronous=False)
-
-    def mlflow_finish(self, files, status):
-        self.mlflow.flush_async_logging()
-        for file in files:
-            self.mlflow.log_artifact(str(file))
-        self.mlflow.end_run(status)
-        command = f"mlflow ui --backend-store-uri {shlex.quote(self.mlflow.get_tracking_uri())}"
-        return f"{command}, then http://127.0.0.1:5000/#/experiments/{self.experiment}/runs"
-
-    def wandb_start(self):
+    def _start_wandb(self, run_id):
         import wandb
 
         has_key = os.environ.get("WANDB_API_KEY") or Path.home().joinpath(".netrc").exists()
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-        self.run_id = self.run_id or sha256(str(self.folder.resolve()).encode())[:16]
-        options = dict(id=self.run_id, resume="allow", dir=str(self.folder), mode=mode)
+        run_id = run_id or sha256(str(self.folder.resolve()).encode())[:16]
+        options = dict(id=run_id, resume="allow", dir=str(self.folder), mode=mode)
         options.update(project="wmtp", name=self.folder.name, config=self.arguments)
         self.run = wandb.init(**options)
         self.run.define_metric("*", step_metric="step")  # wandb's own step cannot go back
         self.run.define_metric("value/*", step_metric="value/step")
+        return run_id
 
-    def wandb_log(self, step, metrics):
-        self.run.log(metrics)
+    def log(self, step, metrics):
+        with self._off_if_it_fails():
+            if self.kind == "mlflow":
+                self.mlflow.log_metrics(metrics, step=step, synchronous=False)
+            elif self.kind == "wandb":
+                self.run.log(metrics)
 
-    def wandb_finish(self, files, status):
-        for file in files:
-            self.run.save(str(file), base_path=str(file.parent), policy="now")
-        folder, address = Path(self.run.dir).parent, self.run.url
-        self.run.finish(exit_code=int(status != "FINISHED"))
-        return address or f"wandb sync {shlex.quote(str(folder))}"
+    def finish(self, files, status="FINISHED"):
+        """Send what is left and these files; returns what shows the run, or None."""
+        with self._off_if_it_fails():
+            if self.kind == "mlflow":
+                self.mlflow.flush_async_logging()
+                for file in files:
+                    self.mlflow.log_artifact(str(file))
+                self.mlflow.end_run(status)
+                command = ["mlflow", "ui", "--backend-store-uri", self.mlflow.get_tracking_uri()]
+                runs = f"http://127.0.0.1:5000/#/experiments/{self.run.info.experiment_id}/runs"
+                return f"{shlex.join(command)}, then {runs}"
+            if self.kind == "wandb":
+                for file in files:
+                    self.run.save(str(file), base_path=str(file.parent), policy="now")
+                address = self.run.url
+                self.run.finish(exit_code=int(status != "FINISHED"))
+                folders = sorted(map(str, self.folder.glob("wandb/offline-run-*")))
+                return address or shlex.join(["wandb", "sync", *folders])
 
 
 def log_to_tracker(run_dir, step, metrics, files):
-    """Add metrics and files to the tracker's record of a finished run; returns what shows it."""
+    """Add metrics and files to the tracker's record of a finished run, where there is one."""
     file = Path(run_dir) / "tracker.json"
-    if not file.exists():
-        return None
-    kind = list(json.loads(file.read_text()))[-1]
-    tracker = Tracker(kind, Path(run_dir), {})
-    tracker.log(step, {"step": step, **metrics})
-    return tracker.finish(files)
+    if file.exists():
+        (kind,) = json.loads(file.read_text())
+        tracker = Tracker(kind, Path(run_dir), {})
+        tracker.log(step, {"step": step, **metrics})
+        tracker.finish(files)
 
 
 class Sums:
@@ -1828,76 +1844,67 @@ class Checkpoints:
     data and random numbers are functions of (seed, step, rank): the step is their state.
     """
 
-    def __init__(self, folder, identity, keep_last, ranks, ignored=()):
+    def __init__(self, folder, identity, keep_last, ranks):
         self.folder, self.identity, self.keep_last = str(folder), identity, keep_last
-        self.ignored = ignored  # names in the identity that may differ on resume
+        self.flag = f"--checkpoint-dir {self.folder}"
         self.ranks, self.bad, self.pending = ranks, set(), None
-        # A store that stalls ends a save after 8 minutes, not 20: s3fs tries five times, 15 s each,
-        # so botocore need not do so inside. The environment variable FSSPEC_S3 replaces this.
-        fsspec.config.conf.setdefault("s3", {"config_kwargs": {"retries": {"max_attempts": 1}}})
         try:
-            self.fs, self.root = url_to_fs(self.folder)
+            if "://" in self.folder:
+                self.fs, self.root = url_to_fs(self.folder)
+            else:  # a path, whatever its name: fsspec chains file systems at ::
+                self.fs, self.root = LocalFileSystem(), os.path.abspath(self.folder)
         except (ValueError, ImportError) as error:
-            raise UsageError(f"--checkpoint-dir {self.folder}: {first_line(error)}") from None
+            raise UsageError(f"{self.flag}: {first_line(error)}") from None
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
         self.options = dict(process_group=self.group, no_dist=self.group is None)
-        self.executor = concurrent.futures.ThreadPoolExecutor(1)
 
     def save(self, step, model, optimizer, metrics):
         """Copy the state, then write it beside training; waits for the save before this one."""
         self.wait()
         name = f"step_{step:06d}"
         meta = dict(step=step, identity=self.identity, versions=versions())
-        url = self.fs.unstrip_protocol(f"{self.root}/{name}")
-        writer = FsspecWriter(url, sync_files=self.is_local)
+        writer = self._storage(name, dcp.FileSystemWriter, FsspecWriter)
+        write_metadata = writer.finish
+
+        def finish(metadata, results):  # on rank 0, after the files of all ranks
+            write_metadata(metadata, results)
+            files = {result.storage_data.relative_path for part in results for result in part}
+            self._finish(f"{self.root}/{name}", meta, metrics, files)
+
+        writer.finish = finish
         state = named_state(model, optimizer)
-        future = dcp.async_save(state, storage_writer=writer, **self.options)
-        self.pending = self.executor.submit(self._complete, future, name, meta, metrics)
+        self.pending = name, dcp.async_save(state, storage_writer=writer, **self.options)
 
     def wait(self):
-        """Wait for the save that is under way; True unless the last save failed."""
-        return self.pending is None or self.pending.result()
-
-    def _own_files(self, path, metrics):
-        """Size and hash of this rank's files of a checkpoint; rank 0 adds metrics.jsonl first."""
-        self.fs.invalidate_cache()
-        files = self.fs.glob(f"{path}/__{self.ranks.rank}_*")
-        if self.ranks.rank == 0:
-            self.fs.pipe_file(f"{path}/metrics.jsonl", metrics)
-            files += [f"{path}/metrics.jsonl", f"{path}/.metadata"]
-        return {file.rpartition("/")[2]: self._fingerprint(file) for file in files}
-
-    def _complete(self, future, name, meta, metrics):
-        """Once all files are written, note their sizes and hashes in `meta.json`; prune."""
-        path, rank, failure, files = f"{self.root}/{name}", self.ranks.rank, None, {}
+        """Wait for the save that is under way; False, with one line, if it failed on any rank."""
+        if self.pending is None:
+            return True
+        name, future = self.pending
+        self.pending = None
         try:
             future.result()
-            files = self._own_files(path, metrics)
-        except dcp.api.CheckpointException as error:  # it names ranks; the reason is inside
-            failure = first_line(next(iter(error.failures.values()))[0])
-        except Exception as error:  # whatever a store raises: training goes on
-            failure = first_line(error)
-        results = [(files, failure)]
-        try:
-            if self.group:  # every rank comes here, so that none waits for one that failed
-                results = [None] * self.ranks.world_size
-                dist.all_gather_object(results, (files, failure), group=self.group)
-            failure = next((text for _, text in results if text), None)
-            if rank == 0 and failure is None:
-                meta["files"] = dict(pair for files, _ in results for pair in files.items())
-                self.fs.pipe_file(f"{path}/meta.json", json.dumps(meta).encode())
-                self.bad.discard(name)
-                complete = [n for n in self._names() if self._exists(n, "meta.json")]
-                good = [n for n in complete if n not in self.bad]
-                for old in good[: -self.keep_last] if self.keep_last else []:
-                    self.fs.rm(f"{self.root}/{old}", recursive=True)
-        except Exception as error:
-            failure = first_line(error)
-        if failure and rank == 0:
-            text = f"checkpoint {self.folder}/{name} was not written: {failure}; training goes on"
+            return True
+        except dcp.api.CheckpointException as failed:  # the same on every rank
+            error = next(iter(failed.failures.values()))[0]
+        except Exception as other:  # whatever a store raises
+            error = other
+        if self.ranks.rank == 0:
+            text = f"checkpoint {self.folder}/{name} failed: {first_line(error)}; training goes on"
             print(text, file=sys.stderr, flush=True)
-        return failure is None
+        return False
+
+    def _finish(self, path, meta, metrics, files):
+        """Write metrics.jsonl and meta.json; remove the checkpoints before the last `keep_last`."""
+        self.fs.invalidate_cache()
+        self.fs.pipe_file(f"{path}/metrics.jsonl", metrics)
+        files = sorted([*files, ".metadata", "metrics.jsonl"])
+        meta["files"] = {file: self._fingerprint(f"{path}/{file}") for file in files}
+        self.fs.pipe_file(f"{path}/meta.json", json.dumps(meta).encode())
+        self.bad.discard(path)
+        good = [path for path in self._complete() if path not in self.bad]
+        for path in good[: -self.keep_last] if self.keep_last else []:
+            self.fs.rm(path, recursive=True)
 
     def load(self, model, optimizer):
         """Read the last good checkpoint in place; returns its step and metrics.jsonl (0, empty).
@@ -1909,20 +1916,19 @@ class Checkpoints:
             UsageError: the folder cannot be read or written, or holds checkpoints of another run
                 or none that is good.
         """
-        flag, name, meta, metrics = f"--checkpoint-dir {self.folder}", None, {"step": 0}, b""
-        with self.ranks.rank_0_first() as is_first:
-            try:
-                name, meta, metrics = self._last_good() if is_first else (name, meta, metrics)
-            except UsageError as error:
-                raise UsageError(f"{flag}: {error}") from None
-            except Exception as error:  # whatever a store raises
-                reason = f"{type(error).__name__}: {first_line(error)}"
-                raise UsageError(f"{flag}: cannot be read or written ({reason})") from None
-        name, meta, metrics = self.ranks.broadcast((name, meta, metrics))
+        last_good = None
+        with self.ranks.rank_0_first(f"{self.flag}: cannot be read or written") as is_first:
+            if is_first:
+                last_good = self._last_good()
+        name, meta, metrics = self.ranks.broadcast(last_good)
         if name:
-            reader = FsspecReader(self.fs.unstrip_protocol(f"{self.root}/{name}"))
+            reader = self._storage(name, dcp.FileSystemReader, FsspecReader)
             dcp.load(named_state(model, optimizer), storage_reader=reader, **self.options)
             self.ranks.print(f"resume    from {self.folder}/{name}")
+            before, now = meta["identity"].get("max_steps"), self.identity.get("max_steps")
+            if before != now:
+                text = "on the new schedule: not what a straight run gives"
+                self.ranks.print(f"resume    --max-steps was {before} and is {now}; {text}")
             if changes := differences(meta["versions"], versions()):
                 self.ranks.print(f"resume    not bit for bit, as versions changed: {changes}")
         return meta["step"], metrics
@@ -1933,32 +1939,27 @@ class Checkpoints:
             self.fs.makedirs(self.root, exist_ok=True)
         self.fs.pipe_file(f"{self.root}/.writable", b"")  # fail now, not at the first save
         self.fs.rm_file(f"{self.root}/.writable")
-        for name in reversed(self._names()):
-            path, damage = f"{self.root}/{name}", None
-            if not self._exists(name, "meta.json"):
-                print(f"checkpoint {path} is incomplete, without meta.json", flush=True)
-                continue
+        for path in reversed(self._complete()):
+            name = path.rpartition("/")[2]
             try:
                 meta = json.loads(self.fs.cat_file(f"{path}/meta.json"))
-                for file, fingerprint in meta["files"].items():
-                    if self._fingerprint(f"{path}/{file}") != fingerprint:
-                        damage = f"{file} is not as it was written"
+                files = {file: self._fingerprint(f"{path}/{file}") for file in meta["files"]}
+                damage = differences(meta["files"], files)
             except (FileNotFoundError, ValueError) as error:
                 damage = first_line(error)
             if not damage:
-                expected = {k: v for k, v in self.identity.items() if k not in self.ignored}
-                before = {key: meta["identity"].get(key) for key in expected}
-                if changes := differences(before, expected):
-                    raise UsageError(f"{name} is of another run ({changes})")
+                if changes := differences(meta["identity"], self.identity, but="max_steps"):
+                    raise UsageError(f"{self.flag}: {name} is of another run ({changes})")
                 return name, meta, self.fs.cat_file(f"{path}/metrics.jsonl")
             print(f"checkpoint {path} is bad: {damage}", flush=True)
-            self.bad.add(name)
+            self.bad.add(path)
         if self.bad:
-            raise UsageError("no checkpoint is good; move them away to start anew")
+            raise UsageError(f"{self.flag}: no checkpoint is good; move them away to start anew")
         return None, {"step": 0}, b""
 
-    def _exists(self, name, file):
-        return self.fs.exists(f"{self.root}/{name}/{file}")
+    def _storage(self, name, local_class, remote_class):
+        path = f"{self.root}/{name}"
+        return local_class(path) if self.is_local else remote_class(self.fs.unstrip_protocol(path))
 
     def _fingerprint(self, file):
         """Size of a file and, on a local disk, its SHA-256."""
@@ -1967,13 +1968,11 @@ class Checkpoints:
         with open(file, "rb") as stream:
             return [self.fs.size(file), hashlib.file_digest(stream, "sha256").hexdigest()]
 
-    def _names(self):
-        """Names of the checkpoints in order of their steps, complete or not."""
+    def _complete(self):
+        """Paths of the checkpoints that have a meta.json, in order of their steps."""
         self.fs.invalidate_cache()
-        paths = self.fs.ls(self.root, detail=False) if self.fs.exists(self.root) else []
-        names = [path.rstrip("/").rpartition("/")[2] for path in paths]
-        names = [name for name in names if re.fullmatch(r"step_\d{6,}", name)]
-        return sorted(names, key=lambda name: int(name.removeprefix("step_")))
+        files = self.fs.glob(f"{glob.escape(self.root)}/step_*/meta.json")
+        return sorted((file.rpartition("/")[0] for file in files), key=lambda p: (len(p), p))
 
 
 def named_state(model, optimizer):

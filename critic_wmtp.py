@@ -65,7 +65,6 @@ class Args:
     tracker: Literal["mlflow", "wandb", "none"] = "mlflow"
     """mlflow: a SQLite file beside the run folders. wandb: offline where no key is set."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else the CPU
-    accept_changed_sources: bool = False  # resume --run-dir though script or common.py changed
 
     # Model
     model: str = "tiny"  # tiny, a config.json, a Hugging Face model (folder or hub name), or a run

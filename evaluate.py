@@ -48,7 +48,7 @@ from scipy.stats import bootstrap
 from tqdm import tqdm
 
 from common import IGNORE, UsageError, check_ranges, encode, first_line, generate
-from common import git_state, heldout_batches, load_data, load_mtp, load_tokenizer, log_to_tracker
+from common import heldout_batches, load_data, load_mtp, load_tokenizer, log_to_tracker
 from common import max_positions, mbpp_record, model_dir, run_script, setup_ranks, versions
 from common import write_whole
 

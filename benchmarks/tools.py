@@ -55,7 +55,7 @@ def proof_parser(doc, steps, batch_size, arms):
 # ------------------------------------------------------------ records of a measurement
 def machine(device="cpu"):
     """Commit, versions and processor, for the JSON file of a measurement."""
-    from common import git_state, versions
+    from common import versions
 
     processor = platform.processor() or platform.machine()
     if device == "cuda":
@@ -63,8 +63,9 @@ def machine(device="cpu"):
 
         processor = torch.cuda.get_device_name()
     cores = len(os.sched_getaffinity(0))
-    state = git_state([ROOT / "common.py"])
-    return {**state, "versions": versions(), "processor": processor, "cores": cores}
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {"commit": commit, "versions": versions(), "processor": processor, "cores": cores}
 
 
 def command():

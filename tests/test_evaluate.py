@@ -310,7 +310,7 @@ def test_suites_add_up_and_name_their_source(trained, tmp_path):
     both = results_of(tmp_path / "e")
     assert heldout.items() <= both.items() and "speed/identical" in both
     assert [both["suites"][suite]["seed"] for suite in ("heldout", "speed")] == [0, 3]
-    assert {"commit", "dirty", "versions", "command"} <= both["suites"]["speed"].keys()
+    assert {"versions", "command"} <= both["suites"]["speed"].keys()
     mine = write_lines(tmp_path / "mine", [dict(task_id=2, solution="x")])
     options = dict(suites=["mbpp"], problems=write_lines(tmp_path / "p", TASKS))
     with pytest.raises(common.UsageError, match="holds the results of other weights"):

@@ -119,7 +119,7 @@ def test_a_store_that_dies_costs_one_save(args_of, straight, server, tmp_path, m
         assert run_main(baseline_mtp, args) == 0
     errors = capsys.readouterr().err
     for step in (4, 6):
-        said = f"checkpoint s3://bucket/a/run/step_{step:06d} was not written: Could not connect"
+        said = f"checkpoint s3://bucket/a/run/step_{step:06d} failed: Could not connect"
         assert errors.count(said) == 1, errors
     assert same_run(tmp_path / "run", straight)
 
