@@ -39,6 +39,7 @@ from pathlib import Path
 
 import datasets
 import filelock
+import fsspec
 import numpy as np
 import pyarrow.parquet
 import torch
@@ -1423,7 +1424,11 @@ def _mutant(function, choose):
 # --------------------------------------------------------------------------------------- the run
 # Arguments without effect on the result: a resumed run may change them
 MAY_CHANGE = "run_dir tracker device recompute compile eval_every save_every keep_last".split()
-SHOWN = "train/loss value/loss weights/ess_frac train/grad_norm eval/bits_per_byte"  # on the screen
+SHOWN = {  # metrics on the screen and their labels
+    "train/loss": "loss", "value/loss": "loss", "weights/ess_frac": "ess",
+    "train/grad_norm": "gnorm", "perf/tokens_per_s": "tok/s",
+    "eval/bits_per_byte": "held-out bits per byte",
+}  # fmt: skip
 
 
 class Run:
@@ -1593,9 +1598,12 @@ class Run:
             file.write(json.dumps({**steps, **metrics}).encode() + b"\n")
         self.tracker.log(step, {**steps, **metrics})
         is_due = step % max(1, self.num_steps // 50) == 0 or step == self.num_steps
-        shown = {name: metrics[name] for name in SHOWN.split() if name in metrics}
-        if shown and (is_due or "eval/bits_per_byte" in shown):
-            words = [f"{name.partition('/')[2]} {value:.4g}" for name, value in shown.items()]
+        words = [
+            f"{label} {metrics[name]:,.4g}" for name, label in SHOWN.items() if name in metrics
+        ]
+        if words and (is_due or "eval/bits_per_byte" in metrics):
+            heads = [f"{value:.3f}" for name, value in metrics.items() if "/loss_head_" in name]
+            words += ["heads " + " ".join(heads)] * bool(heads)
             pace = (time.time() - self.began) / max(1, step - self.start)
             left = datetime.timedelta(seconds=int(pace * (self.num_steps - step)))
             line = f"{self.name} step {step}/{self.num_steps} | {' | '.join(words)}".lstrip()
@@ -1848,6 +1856,9 @@ class Checkpoints:
         self.folder, self.identity, self.keep_last = str(folder), identity, keep_last
         self.flag = f"--checkpoint-dir {self.folder}"
         self.ranks, self.bad, self.pending = ranks, set(), None
+        # A store that stalls ends a save after 8 minutes, not 20: s3fs tries five times, 15 s each,
+        # so botocore need not do so inside. The environment variable FSSPEC_S3 replaces this.
+        fsspec.config.conf.setdefault("s3", {"config_kwargs": {"retries": {"max_attempts": 1}}})
         try:
             if "://" in self.folder:
                 self.fs, self.root = url_to_fs(self.folder)

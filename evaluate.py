@@ -156,7 +156,9 @@ def speed_suite(model, data, args, ranks):
     chosen = np.unique(np.linspace(0, len(data.heldout) - 1, args.speed_prompts).astype(int))
     columns, prompts = data.heldout[chosen], []
     for ids, is_target in zip(columns["input_ids"], columns["is_target"]):
-        end = is_target.argmax() or max(1, min(64, is_target.sum() // 2))  # no padding
+        end = is_target.argmax()
+        if end < 2:  # a text, perhaps after a BOS; no padding
+            end = max(1, min(64, is_target.sum() // 2))
         prompts.append(ids[:end].tolist())
     num_heads, count = len(model.heads.layers), len(prompts)
     settings = [(k, size) for size in sorted({1, count}) for k in range(1, num_heads + 1)]
@@ -331,7 +333,6 @@ def sample_programs(suite, problems, model, tokenizer, args, file):
     texts = {(record["task_id"], record["sample"]): record["text"] for record in read_lines(file)}
     encoded = encode(tokenizer, [problem.prompt for problem in problems], True)
     for problem, ids in zip(problems, encoded):
-        ids = ids[: len(ids) - (ids[-1] == tokenizer.eos_token_id)]  # some templates end a prompt
         missing = [(problem.task_id, n) for n in range(args.n) if (problem.task_id, n) not in texts]
         if len(ids) + args.max_new_tokens + num_heads <= longest:
             todo += [(key, ids.tolist()) for key in missing]
@@ -421,11 +422,11 @@ def program_suite(suite, problems, subject, fingerprint, sandbox, args, out):
 # Each program gets one bubblewrap process: own namespaces, no network, a user without rights, the
 # interpreter and /usr/lib (no site-packages) read-only, a small /tmp, denied calls, limits. As in
 # the published harnesses, program and then tests run in one interpreter; it passes when a nonce
-# arrives after the last assertion. Tests use builtins and imports from before it ran, and what they
-# compare or subtract follows trusted rules: a subclass of a builtin type is cut back to it, other
-# objects written in Python equal only their own type. Forgeries left: to reach nonce or tests by
-# frames, the garbage collector or ctypes; to patch a library; to put a false object into a
-# library's object; to answer where nothing is compared (`assert f(x)`, len, round, an index).
+# arrives after the last assertion. Tests see the program's names over builtins of before it ran,
+# and what they compare or subtract follows trusted rules: a subclass of a builtin type is cut back
+# to it, other objects written in Python equal only their own type. Forgeries left: to reach nonce
+# or tests by frames, the garbage collector or ctypes; to patch a library, or define a builtin anew;
+# to answer where nothing is compared (`assert f(x)`, len, round, an index).
 MEMORY_MIB = 1024  # address space of a program, not resident memory
 FILE_MIB = 16  # each file, standard output too, and all of /tmp
 IS_ROOT = os.geteuid() == 0
@@ -445,8 +446,7 @@ for call, *args in calls:
 def same_output(text, expected):
     """Whether two outputs agree by CodeContests' own tester (`OutputsMatch`, tester_sandboxer.cc).
 
-    Tokens are split at white space, and ASCII letters are folded. There must be as many, and each
-    pair must be equal or two numbers less than 1e-5 apart (absolute; NaN or 1e400 is near nothing).
+    Token by token: equal but for ASCII case, or numbers less than 1e-5 apart (not NaN, not 1e400).
     """
 
     def agree(a, b):
@@ -506,15 +506,10 @@ def run_inside():
     def wrapped(node):  # in a call of a name that no program can spell
         return ast.Call(ast.Name("<trusted>", ast.Load()), [node], [])
 
-    space, clean = {"__name__": "tests", "<trusted>": trusted}, dict(vars(builtins))
-    tree = ast.parse(tests)
-    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    exec(compile(ast.Module(imports, []), "tests", "exec"), space)
-    tree.body = [node for node in tree.body if node not in imports]
-    nodes = list(ast.walk(tree))
-    for node in nodes:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            exec(compile(ast.Module([node], []), "tests", "exec"), dict(space))  # can it be?
+    tree, clean = ast.parse(tests), dict(vars(builtins))
+    for node in list(ast.walk(tree)):
+        if isinstance(node, ast.Import | ast.ImportFrom):  # can what the tests import be imported?
+            exec(compile(ast.Module([node], []), "tests", "exec"), {})
         elif isinstance(node, ast.Compare):
             if not all(isinstance(sign, ast.Is | ast.IsNot) for sign in node.ops):
                 node.left, *node.comparators = map(wrapped, (node.left, *node.comparators))
@@ -523,18 +518,8 @@ def run_inside():
     code = compile(ast.fix_missing_locations(tree), "tests", "exec")
     mark()
     program = sys.modules["candidate"] = type(sys)("candidate")
-    names = vars(program)
-
-    class Names(dict):  # after the tests' own names: builtins, then the program's names
-        def __missing__(self, name):
-            return names[name]
-
-    exec(compile(source, "program.py", "exec"), names)
-    used = {node.id for node in nodes if isinstance(node, ast.Name)}
-    if not any(name in names for name in used - clean.keys()):
-        for name in names.keys() & used:  # the tested function is called as a builtin is
-            clean.pop(name, None)
-    exec(code, {**space, "__builtins__": Names(clean)})
+    exec(compile(source, "program.py", "exec"), vars(program))
+    exec(code, {**vars(program), "__builtins__": clean, "<trusted>": trusted})
     mark()
     leave(0)
 
@@ -782,7 +767,6 @@ def draw(results):
             axes.plot(passes, shown.loc[name].astype(float), "o-", label=name)
         axes.axline((1, 1), slope=1, color="grey", label="verifying drafts is free")
         axes.set(xlabel="tokens a pass", ylabel="speed-up", title="2 heads and more")
-        axes.margins(0.1)
         axes.set(xlim=(0, None), ylim=(0, None))  # small differences look small
         figures["speed"].legend(loc="outside right upper")
     return figures
@@ -915,13 +899,11 @@ def evaluate(args, problems, sandbox, ranks):
         raise UsageError(f"--out {out}: {error.strerror}; name another folder") from None
 
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    source = git_state([Path(__file__), Path(__file__).with_name("common.py")])
-    source.update(command=command, seed=args.seed, dtype=args.dtype, device=ranks.device.type)
+    source = dict(command=command, device=ranks.device.type, threads=torch.get_num_threads())
     arguments = results.setdefault("arguments", {})
     arguments["training"] = {**record.get("args", {}), "run_dir": ""}
-    source.update(threads=torch.get_num_threads(), versions=versions(), **depends)
     for suite in args.suites:  # what is not measured again stays
-        how = dict(source)
+        how = dict(source, versions=versions(), **depends)
         if suite == "heldout":
             metrics, items[suite] = heldout_suite(model, tokenizer, data, args, ranks)
         elif suite == "speed":
@@ -949,8 +931,6 @@ def evaluate(args, problems, sandbox, ranks):
 
 
 def main(args):
-    with contextlib.suppress(AttributeError):  # a notebook's stream encodes all
-        sys.stdout.reconfigure(errors="backslashreplace")
     if args.compare:
         return compare_runs(args.compare)
     ranks = setup_ranks(args.device, args.dtype)

@@ -147,9 +147,9 @@ def test_no_forged_verdict(box):
     assert [key for key, verdict in box.run_all(jobs) if verdict.kind == "passed"] == []
 
 
-def test_builtins_are_the_tests_own(box):
-    source = "def f(x): return 3\nsorted = set = abs = len = lambda *a: 0\n"
-    tests = "assert sorted([f(1)]) == sorted([2]) or set([f(1)]) == {2} or abs(f(1) - 2) < 1"
+def test_patched_builtins_are_not_those_of_the_tests(box):
+    source = "import builtins\nbuiltins.abs = builtins.sorted = lambda *a: 0\ndef f(x): return 3"
+    tests = "assert sorted([f(1)]) == sorted([2]) or abs(f(1) - 2) < 1"
     assert box.run(*job(source, tests)).kind == "wrong answer"
 
 
@@ -175,7 +175,7 @@ def test_faults_of_the_tests(box):
             kind, why = box.run(*job(source, tests))
             assert kind == "tests cannot run" and why.startswith("tests cannot run here: ")
     forged = "import sys\nsys.modules['math'] = None\ndef f(x): raise ImportError(name='math')"
-    assert box.run(*job(forged, "import math\nassert f(1) == 2")).kind == "raised"
+    assert box.run(*job(forged, "import math\nassert f(1) == 2")).kind == "wrong answer"
 
 
 def test_an_import_inside_a_function_of_the_tests_cannot_run_here(box):
