@@ -34,8 +34,8 @@ from typing import Literal
 
 import torch
 
-from common import Run, Sums, active_heads, build_model, check_ranges, clip_gradients, count_targets
-from common import describe, evaluate_heldout, learning_rate, load_data, make_optimizer
+from common import Run, Sums, active_heads, build_model, check_run_args, clip_gradients
+from common import count_targets, describe, learning_rate, load_data, make_optimizer
 from common import micro_batch_rows, micro_batches, run_script, set_gradient_sync, setup_ranks
 from common import shard, weights_of_targets
 
@@ -56,16 +56,20 @@ class Args:
     num_heads: int = 4  # heads H: how many next tokens are predicted at once; 1 is plain training
     mtp_schedule: Literal["constant", "forward", "reverse"] = "constant"
     """Heads trained: all; 1, 2, .. H in equal parts of the run; or H, .. 2, 1 (2505.22757)."""
+    train: Literal["all", "heads"] = "all"
+    """heads: heads 2..H alone; trunk and head 1 of a --model with weights stay as they are."""
 
     # Data
     data: str = "stdlib"  # stdlib, stdlib:a or :b, stdlib-bugs, mbpp, a file, folder or hub name
+    heldout_data: str = ""  # held-out documents, named as --data; empty: a part of --data
     seq_len: int = 256  # tokens a row
     noise_frac: float = 0.0  # share of the training lines replaced by random characters
 
     # Optimisation
     batch_size: int = 4  # rows an update, over all ranks and micro-steps
     micro_batch_size: int = 0  # rows a rank runs through the model at once; 0: batch size / ranks
-    lr: float = 3e-3  # peak learning rate of AdamW
+    lr: float | None = None
+    """Peak learning rate of AdamW; None: 3e-3 from scratch, 1e-5 pretrained, 1e-3 heads alone."""
     warmup_steps: int = 40  # updates of linear warm-up; a cosine to zero follows
     max_steps: int = 1750  # updates in all
     weight_decay: float = 0.1  # decay of matrices; vectors have none
@@ -78,6 +82,7 @@ class Args:
 
     # Evaluation and checkpoints
     eval_every: int = 0  # updates between evaluations on the held-out documents; 0: only at the end
+    eval_rows: int = 0  # held-out rows in an evaluation, evenly spaced; 0: all
     save_every: int = 500  # updates between checkpoints; 0: only at the end
     keep_last: int = 2  # checkpoints to keep; 0: all
     checkpoint_dir: str = ""  # folder or URL of checkpoints; empty: checkpoints/ in the run folder
@@ -85,8 +90,7 @@ class Args:
     # Algorithm specific arguments: none
 
     def __post_init__(self):
-        names = "seed lr weight_decay grad_clip warmup_steps eval_every save_every keep_last"
-        check_ranges(self, max_steps=(1, 1e18), **dict.fromkeys(names.split(), (0, 1e18)))
+        check_run_args(self)
 
 
 # ------------------------------------------------------------------------------------- algorithm
@@ -107,7 +111,8 @@ def main(args):
     # Model and data: every rank draws the same initial weights
     torch.manual_seed(args.seed)
     model, tokenizer = build_model(args.model, args.num_heads, args.seq_len, args.recompute)
-    data = load_data(args.data, tokenizer, args.seq_len, args.seed, args.noise_frac, ranks)
+    model.set_trained(args.train)
+    data = load_data(args, tokenizer, ranks)
     describe(args, model, data, micro_batch_size, ranks)
     run.record(data)
     model = shard(model.to(ranks.device), ranks)
@@ -122,8 +127,7 @@ def main(args):
         if run.should_save(step):
             run.save(step, model=model, optimizer=optimizer)  # after a stop signal it ends here
         if run.should_evaluate(step):
-            heldout = evaluate_heldout(model, data, micro_batch_size, args.num_heads, ranks)
-            run.log(step, heldout)
+            heldout = run.evaluate(step, model, data, micro_batch_size)
         if step == args.max_steps:
             break
 

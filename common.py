@@ -58,6 +58,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 from transformers.cache_utils import Cache
 from transformers.generation.logits_process import TopPLogitsWarper
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -128,6 +129,28 @@ def check_ranges(args, **limits):
         if not least <= getattr(args, name) <= most:
             flag = f"--{name.rstrip('_').replace('_', '-')} {getattr(args, name)}"
             raise UsageError(f"{flag}: from {least:g} to {most:g}")
+
+
+def check_run_args(args):
+    """Set the default of `--lr`, and refuse what is out of range in the arguments of all scripts.
+
+    3e-3 from scratch, 1e-3 for the heads of a pretrained model, 1e-5 for all of it.
+    """
+    fresh = is_fresh(args.model)
+    if args.train == "heads" and (fresh or args.num_heads < 2):
+        words = f"--model {args.model}, --num-heads {args.num_heads}"
+        raise UsageError(
+            f"--train heads: needs a model with weights, and 2 heads or more ({words})"
+        )
+    if args.lr is None:
+        args.lr = 3e-3 if fresh else 1e-3 if args.train == "heads" else 1e-5
+    names = "seed lr weight_decay grad_clip warmup_steps eval_every eval_rows save_every keep_last"
+    check_ranges(args, max_steps=(1, 1e18), **dict.fromkeys(names.split(), (0, 1e18)))
+
+
+def is_fresh(name):
+    """Whether what `--model` names is trained from scratch."""
+    return name == "tiny" or name.endswith(".json")
 
 
 @dataclasses.dataclass
@@ -271,8 +294,8 @@ def make_optimizer(model, lr, weight_decay):
     (torch.distributed.checkpoint drops parameters without moments, such as the late heads of a
     curriculum: pytorch #192202.)
     """
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
     decayed = dict(params=matrices, weight_decay=weight_decay)
     groups = [decayed, dict(params=vectors, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
@@ -335,6 +358,11 @@ class MTPModel(nn.Module):
         self.causal_lm = causal_lm
         self.softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
 
+    def set_trained(self, part):
+        """What trains: `all`, or the `heads` 2..H, which leaves the plain model as it is."""
+        self.requires_grad_(part == "all")
+        self.heads.layers[1:].requires_grad_(True)
+
     @property
     def heads(self):
         return self.causal_lm.model.layers[-1]
@@ -370,6 +398,8 @@ class MTPModel(nn.Module):
             hidden_ND, weight_VD = hidden_ND.to(half), weight_VD.to(half)
         values = token_losses(hidden_ND, weight_VD, targets_N, self.softcap, also)
         values = [v.view(targets_KBT.shape).clone() for v in values]  # FSDP2 takes no views
+        if not weight_VD.requires_grad:  # head 1 does not train, so no product of it goes backward
+            values[0] = torch.cat([values[0][:1].detach(), values[0][1:]])
         return tuple(values) if also else values[0]
 
 
@@ -498,7 +528,9 @@ class TokenLosses(torch.autograd.Function):
     def backward(ctx, grad_N, _):
         hidden_ND, weight_VD, targets_N, total_N = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden_ND)
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
         grad_N = grad_N.masked_fill(targets_N == IGNORE, 0.0)
         buffer = hidden_ND.new_empty(ctx.chunk * len(weight_VD))
         for rows in TokenLosses.chunks(grad_N != 0, ctx.chunk):
@@ -509,11 +541,15 @@ class TokenLosses(torch.autograd.Function):
             error.scatter_add_(-1, targets_N[rows, None].clamp(min=0), -grad)  # softmax - one-hot
             error = (error if slope is None else error.mul_(slope)).to(weight_VD.dtype)
             grad_hidden[rows] = error @ weight_VD
+            if grad_weight is None:
+                continue
             if error.dtype == torch.float32:
                 grad_weight.addmm_(error.t(), hidden)
             else:
                 grad_weight += error.t() @ hidden
-        return grad_hidden, grad_weight.to(weight_VD.dtype), None, None, None, None
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight_VD.dtype)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 # ----------------------------------------------------------------------------- build, load, save
@@ -544,7 +580,7 @@ def build_model(name, num_heads, seq_len=None, recompute="none"):
         folder, model = None, from_config(transformers.LlamaConfig(**TINY), num_heads)
         # 0.07 bits per byte better than a deviation of 0.05, after 1 M tokens
         nn.init.normal_(model.causal_lm.model.embed_tokens.weight)
-    elif name.endswith(".json"):
+    elif is_fresh(name):  # a config.json
         folder = Path(name).parent
         with model_errors(name):
             model = from_config(transformers.AutoConfig.from_pretrained(name), num_heads)
@@ -773,42 +809,43 @@ class Data:
     zlib_bits_per_byte: float  # the same text as one stream through zlib level 9
 
 
-def load_data(name, tokenizer, seq_len, seed, noise_frac, ranks, score=None):
+def load_data(args, tokenizer, ranks, score=None):
     """Read, split by document, tokenise once into a cache, and memory-map what `--data` names.
 
     Args:
-        name: a preset, a file, a glob, a URL, a folder of texts, or a hub name. Rows of JSON, CSV
-            and Parquet have `text` or `content`; or `prompt` and `completion` (texts, or messages
-            for the tokenizer's chat template) and, where it is known, `reward` from 0 to 1; or
-            `messages`, of which each turn of the assistant is a completion; or `instruction`,
-            `input` and `output`.
-        seed: fixes which documents are held out. `stdlib:a` and `stdlib:b` train on one half each
-            of what `stdlib` trains on with seed 0, and hold out the same, whatever the seed.
-        noise_frac: share of the non-blank training lines replaced by random printable characters.
+        args.data: a preset, a file, a glob, a URL, a folder of texts, or a hub name. Rows of JSON,
+            CSV and Parquet have `text` or `content`; or `prompt` and `completion` (texts, or
+            messages for the tokenizer's chat template) and, where it is known, `reward` from 0 to
+            1; or `messages`, of which each turn of the assistant is a completion; or
+            `instruction`, `input` and `output`.
+        args.heldout_data: held-out documents, named so too; empty: a part of `args.data`.
+        args.seq_len: tokens a row.
+        args.seed: fixes which documents are held out. `stdlib:a` and `stdlib:b` train on one half
+            each of what `stdlib` trains on with seed 0, and hold out the same, whatever the seed.
+        args.noise_frac: share of the non-blank training lines replaced by random characters.
         score: `score(prompts, completions)` gives the rewards `[N]` of records without one.
 
     Raises:
         UsageError: no such data, a row that cannot be used, or no document left that fits.
     """
-    if not 0 <= noise_frac <= 1:
-        raise UsageError(f"--noise-frac {noise_frac}: from 0 to 1")
-    if seq_len < 2:
-        raise UsageError(f"--seq-len {seq_len}: at least 2")
+    check_ranges(args, noise_frac=(0, 1), seq_len=(2, 1e9))
     folder = Path(datasets.config.HF_DATASETS_CACHE, "wmtp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written ({error.strerror}); set HF_HOME") from None
-    options = (name, tokenizer, seq_len, seed, noise_frac, ranks, score)
     with ranks.rank_0_first() as is_first:  # rank 0 fills the cache, the others then read it
-        data = _load_data(*options) if is_first else None
-    return data or _load_data(*options)
+        data = _load_data(args, tokenizer, ranks, score) if is_first else None
+    return data or _load_data(args, tokenizer, ranks, score)
 
 
-def _load_data(name, tokenizer, seq_len, seed, noise_frac, ranks, score):
+def _load_data(args, tokenizer, ranks, score):
     datasets.disable_progress_bars()
+    name, seq_len, seed = args.data, args.seq_len, args.seed
     half = name.partition("stdlib:")[2] if name in PRESETS else ""
     documents = _read_documents("stdlib" if half else name, tokenizer, ranks)
+    if args.heldout_data:
+        documents = _with_heldout(documents, args.heldout_data, tokenizer, ranks)
     reward_N, has_outcomes = _rewards(documents, name, score)
     train_N, heldout_N = _split(documents, has_outcomes, 0 if half else seed, name)
     if half:  # by the text, so that copies of a file fall into one half
@@ -820,7 +857,10 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, ranks, score):
     is_packed = not has_outcomes and not any(documents["prompt"])
 
     parts, fingerprints = {}, []
-    for part, number_N, noise in (("training", train_N, noise_frac), ("held-out", heldout_N, 0.0)):
+    for part, number_N, noise in (
+        ("training", train_N, args.noise_frac),
+        ("held-out", heldout_N, 0.0),
+    ):
         chosen = documents.select(number_N)
         fingerprints.append(_fingerprint([_texts(document) for document in chosen]))
         made_of = [fingerprints[-1], is_packed, tokenizer_key, seq_len, noise]
@@ -938,6 +978,18 @@ def _read_documents(name, tokenizer, ranks):
     text, cuts = first["completion"], np.linspace(0, len(first["completion"]), 101).astype(int)
     pieces = [text[a:b] for a, b in itertools.pairwise(cuts) if a < b]
     return datasets.Dataset.from_list([{**first, "completion": piece} for piece in pieces])
+
+
+def _with_heldout(documents, heldout_name, tokenizer, ranks):
+    """All documents for training, and those that `--heldout-data` names as the held-out part."""
+    heldout = _read_documents(heldout_name, tokenizer, ranks)
+    both = {tuple(_texts(d)) for d in documents} & {tuple(_texts(d)) for d in heldout}
+    if both:
+        ranks.print(f"warning   {len(both)} documents of --heldout-data are in --data too")
+    parts = []
+    for part, name in zip((documents, heldout), PARTS):
+        parts.append(part.remove_columns("part").add_column("part", [name] * len(part)))
+    return datasets.concatenate_datasets(parts)
 
 
 def _suffix(file):
@@ -1338,13 +1390,13 @@ def count_targets(batches):
     return sum((batch.targets_KBT != IGNORE).sum((1, 2)) for batch in batches)
 
 
-def heldout_batches(data, micro_batch_size, num_heads, ranks):
-    """This rank's share of the held-out rows; every rank yields as many batches as the others."""
-    total = len(data.heldout)
+def heldout_batches(rows, micro_batch_size, num_heads, ranks):
+    """This rank's share of held-out rows; every rank yields as many batches as the others."""
+    total = len(rows)
     for first in range(0, total, micro_batch_size * ranks.world_size):
         numbers = first + ranks.rank * micro_batch_size + np.arange(micro_batch_size)
         numbers = np.where(numbers < total, numbers, -1)  # past the end: without targets
-        yield load_batch(data.heldout, numbers, num_heads, ranks.device)
+        yield load_batch(rows, numbers, num_heads, ranks.device)
 
 
 SWAPS = {}  # operators and comparisons of equal length, which a broken function has swapped
@@ -1423,7 +1475,8 @@ def _mutant(function, choose):
 
 # --------------------------------------------------------------------------------------- the run
 # Arguments without effect on the result: a resumed run may change them
-MAY_CHANGE = "run_dir tracker device recompute compile eval_every save_every keep_last".split()
+MAY_CHANGE = "run_dir tracker device recompute compile eval_every eval_rows save_every keep_last"
+MAY_CHANGE = MAY_CHANGE.split()
 SHOWN = {  # metrics on the screen and their labels
     "train/loss": "loss", "value/loss": "loss", "weights/ess_frac": "ess",
     "train/grad_norm": "gnorm", "perf/tokens_per_s": "tok/s",
@@ -1521,12 +1574,16 @@ class Run:
 
     def resume(self, model, optimizer):
         """Read the last checkpoint in place; returns the number of updates that are done."""
+        self.state = dict(model=model, optimizer=optimizer)
+        if self.args.train == "heads":  # checkpoints do not hold the rest: it must be the same
+            self.identity["frozen_weights"] = self._frozen_weights(model)
         folder = self.folder / "checkpoints"
         if self.args.checkpoint_dir:
             folder = f"{self.args.checkpoint_dir}/{self.folder.name}"
         folder = f"{folder}/{self.name}".rstrip("/")
         self.checkpoints = Checkpoints(folder, self.identity, self.args.keep_last, self.ranks)
         self.start, metrics = self.checkpoints.load(model, optimizer)
+        self.last_saved = self.start
         if self.start > self.num_steps:
             remedy = f"{self.start} updates are done; raise it, or name a new --run-dir"
             raise UsageError(f"--max-steps {self.num_steps}: {remedy}")
@@ -1546,6 +1603,13 @@ class Run:
             self.tracker = Tracker(kind, self.folder, vars(self.args))
         return self.start
 
+    def _frozen_weights(self, model):
+        """Sum of the bits of all weights that do not train, the same on any number of ranks."""
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in frozen]
+        sums = [p.detach().view(torch.int32).sum(dtype=torch.int64) for p in local]
+        return self.ranks.sum(torch.stack(sums).sum()).item()
+
     def _catch(self, number, frame):
         self.signals.append(signal.Signals(number).name)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second SIGINT ends the process
@@ -1554,9 +1618,12 @@ class Run:
         """After `step` updates: a checkpoint is due, or a signal to any rank asks to stop."""
         if step == self.start:
             self.began = time.time()
-        self.stopping = self.ranks.sum(torch.tensor(float(len(self.signals)))).item() > 0
+        self.stopping = self._has_signal()
         is_due = self.args.save_every and step % self.args.save_every == 0
         return step > self.start and bool(is_due or self.stopping or step == self.num_steps)
+
+    def _has_signal(self):
+        return self.ranks.sum(torch.tensor(float(len(self.signals)))).item() > 0
 
     def save(self, step, model, optimizer):
         """Copy the state and write it beside training.
@@ -1566,19 +1633,41 @@ class Run:
         """
         metrics = (self.folder / "metrics.jsonl").read_bytes() if self.ranks.rank == 0 else b""
         self.checkpoints.save(step, model, optimizer, metrics)
+        self.last_saved = step
         is_end = step == self.num_steps and not self.name
         if self.stopping and not is_end:
-            is_saved = self.checkpoints.wait()
-            state = "saved; the same command resumes" if is_saved else "not saved"
-            cause = self.signals[0] if self.signals else "a signal to another rank"
-            updates = f"{self.name} update {step} of {self.num_steps}".strip()
-            self.ranks.print(f"stopped   by {cause} after {updates}; {state}")
-            self.close("KILLED")
-            raise SystemExit(0 if is_saved else 1)
+            self._stop(step)
+
+    def _stop(self, step):
+        is_saved = self.checkpoints.wait()
+        state = "saved; the same command resumes" if is_saved else "not saved"
+        cause = self.signals[0] if self.signals else "a signal to another rank"
+        updates = f"{self.name} update {step} of {self.num_steps}".strip()
+        self.ranks.print(f"stopped   by {cause} after {updates}; {state}")
+        self.close("KILLED")
+        raise SystemExit(0 if is_saved else 1)
 
     def should_evaluate(self, step):
+        """An evaluation is due after `step` updates; before the first one if weights are loaded."""
         is_due = self.args.eval_every and step > 0 and step % self.args.eval_every == 0
-        return bool(is_due or step == self.num_steps)
+        is_start = step == 0 and not is_fresh(self.args.model)
+        return bool(is_due or is_start or step == self.num_steps)
+
+    def evaluate(self, step, model, data, micro_batch_size):
+        """Log and return the held-out figures of all heads after `step` updates.
+
+        Raises:
+            SystemExit: a signal asked to stop; the state is saved first.
+        """
+        options = (micro_batch_size, self.args, self.ranks, self._has_signal)
+        metrics = evaluate_heldout(model, data, *options)
+        if metrics is None:
+            self.stopping = True
+            if self.last_saved != step:
+                self.save(step, **self.state)
+            self._stop(step)
+        self.log(step, metrics)
+        return metrics
 
     def require_finite(self, step, metrics):
         """Leave with exit code 1, before the optimizer's step, where a figure is not finite."""
@@ -1658,7 +1747,7 @@ def describe(args, model, data, micro_batch_size, ranks):
     ranks.print(f"model     {args.model}, {parameters:.2f} M parameters, {args.num_heads} head(s)")
     ranks.print(f"data      {args.data}, {rows}")
     ranks.print(f"batch     {args.batch_size} rows = {batch}")
-    ranks.print(f"run       {args.max_steps:,} updates, {epochs:.2f} epochs")
+    ranks.print(f"run       {args.max_steps:,} updates, {epochs:.2f} epochs, --lr {args.lr:g}")
     if args.warmup_steps >= args.max_steps:
         text = f"is not below --max-steps {args.max_steps}: the rate only rises"
         ranks.print(f"warning   --warmup-steps {args.warmup_steps} {text}")
@@ -1819,18 +1908,28 @@ class Sums:
 
 
 @torch.no_grad()
-def evaluate_heldout(model, data, micro_batch_size, num_heads, ranks):
+def evaluate_heldout(model, data, micro_batch_size, args, ranks, should_stop=bool):
     """Loss (nats) and accuracy of each head on the held-out targets, bits per byte of head 1.
 
-    bits_per_byte = loss_head_1 / ln 2 * tokens / bytes, both counted over the held-out text.
+    bits_per_byte = loss_head_1 / ln 2 * tokens / bytes, both counted over the held-out text; with
+    `args.eval_rows` the loss is that of so many rows. Returns None if `should_stop()` is true after
+    a batch.
     """
     model.eval()
+    rows, num_heads = data.heldout, args.num_heads
+    if 0 < args.eval_rows < len(rows):
+        rows = rows.select(np.linspace(0, len(rows) - 1, args.eval_rows).astype(int))
     sums_3K = torch.zeros(3, num_heads, dtype=torch.float64)
-    for batch in heldout_batches(data, micro_batch_size, num_heads, ranks):
+    total = math.ceil(len(rows) / (micro_batch_size * ranks.world_size))
+    batches = heldout_batches(rows, micro_batch_size, num_heads, ranks)
+    options = dict(desc="held-out", leave=False, delay=5, disable=ranks.rank > 0)
+    for batch in tqdm(batches, total=total, **options):
         with ranks.autocast():
             loss_KBT, correct_KBT = model(batch.x_BT, batch.targets_KBT, "correct")
         figures = (loss_KBT, correct_KBT, batch.targets_KBT != IGNORE)
         sums_3K += torch.stack([values.sum((1, 2)).cpu().double() for values in figures])
+        if should_stop():
+            return None
     model.train()
     loss_K, correct_K, count_K = ranks.sum(sums_3K).tolist()
     metrics = {}
@@ -1987,8 +2086,8 @@ class Checkpoints:
 
 
 def named_state(model, optimizer):
-    """Parameters and optimizer state by the names of the parameters."""
-    parameters = dict(model.named_parameters())
+    """Parameters that train and their optimizer state, by the names of the parameters."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     moments = {name: optimizer.state[p] for name, p in parameters.items()}
     return {"model": {n: p.detach() for n, p in parameters.items()}, "optimizer": moments}
 

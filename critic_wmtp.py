@@ -48,8 +48,8 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
 from common import CORRECT, IGNORE, Run, Sums, UsageError, active_heads, batch_rows, bounded_softmax
-from common import build_model, check_ranges, clip_gradients, control_weights, count_targets
-from common import describe, evaluate_heldout, first_line, full_state, heldout_batches
+from common import build_model, check_ranges, check_run_args, clip_gradients, control_weights
+from common import count_targets, describe, first_line, full_state, heldout_batches
 from common import imitate_all, learning_rate, load_batch, load_data, make_optimizer
 from common import micro_batch_rows, micro_batches, run_script, set_gradient_sync, setup_ranks
 from common import sha256, shard, weights_of_targets
@@ -71,16 +71,20 @@ class Args:
     num_heads: int = 4  # heads H: how many next tokens are predicted at once; 1 is plain training
     mtp_schedule: Literal["constant", "forward", "reverse"] = "constant"
     """Heads trained: all; 1, 2, .. H in equal parts of the run; or H, .. 2, 1 (2505.22757)."""
+    train: Literal["all", "heads"] = "all"
+    """heads: heads 2..H alone; trunk and head 1 of a --model with weights stay as they are."""
 
     # Data
     data: str = "stdlib-bugs"  # or a file, folder or hub name with prompt, completion, reward
+    heldout_data: str = ""  # held-out documents, named as --data; empty: a part of --data
     seq_len: int = 256  # tokens a row
     noise_frac: float = 0.0  # share of the training lines replaced by random characters
 
     # Optimisation
     batch_size: int = 4  # rows an update, over all ranks and micro-steps
     micro_batch_size: int = 0  # rows a rank runs through the model at once; 0: batch size / ranks
-    lr: float = 3e-3  # peak learning rate of AdamW
+    lr: float | None = None
+    """Peak learning rate of AdamW; None: 3e-3 from scratch, 1e-5 pretrained, 1e-3 heads alone."""
     warmup_steps: int = 40  # updates of linear warm-up; a cosine to zero follows
     max_steps: int = 1750  # updates in all
     weight_decay: float = 0.1  # decay of matrices; vectors have none
@@ -93,6 +97,7 @@ class Args:
 
     # Evaluation and checkpoints
     eval_every: int = 0  # updates between evaluations on the held-out documents; 0: only at the end
+    eval_rows: int = 0  # held-out rows in an evaluation, evenly spaced; 0: all
     save_every: int = 500  # updates between checkpoints; 0: only at the end
     keep_last: int = 2  # checkpoints to keep; 0: all
     checkpoint_dir: str = ""  # folder or URL of checkpoints; empty: checkpoints/ in the run folder
@@ -117,8 +122,7 @@ class Args:
     """Weights without information: permuted in each completion, or drawn from all anew."""
 
     def __post_init__(self):
-        names = "seed lr weight_decay grad_clip warmup_steps eval_every save_every keep_last"
-        check_ranges(self, max_steps=(1, 1e18), **dict.fromkeys(names.split(), (0, 1e18)))
+        check_run_args(self)
         unit_interval = dict.fromkeys(("lambda_", "epsilon", "gamma", "gae_lambda"), (0, 1))
         at_least_0 = dict.fromkeys(("value_steps", "value_lr", "value_coef", "pair_coef"), (0, 1e9))
         check_ranges(self, **unit_interval, **at_least_0, temperature=(1e-6, 1e6))
@@ -252,7 +256,7 @@ class Critic(nn.Module):
         super().__init__()
         self.policy, self.value = policy, Value(policy, args.value == "separate")
         # Decayed sums of ones, of the advantages' means, and of their squared deviations
-        self.moments = nn.Parameter(torch.zeros(3, device=ranks.device), requires_grad=False)
+        self.moments = nn.Parameter(torch.zeros(3, device=ranks.device), requires_grad=True)
         self.is_used, self.value_coef = args.lambda_ < 1, args.value_coef * args.trains_value
         self.trunk_BTD, self.ranks, self.fingerprint = None, ranks, ""
         if args.value_head:
@@ -362,8 +366,7 @@ def partners(rows, copies):
 def load_records(args, tokenizer, ranks):
     """`load_data` of records with both outcomes; `--reward-model` scores those without a reward."""
     score = functools.partial(reward_scores, args.reward_model, ranks.device)
-    sizes = (args.seq_len, args.seed, args.noise_frac)
-    data = load_data(args.data, tokenizer, *sizes, ranks, score if args.reward_model else None)
+    data = load_data(args, tokenizer, ranks, score if args.reward_model else None)
     outcomes = []
     if "reward" in data.records.column_names:
         rewards = [rows["reward"][:] for rows in (data.records, data.heldout)]
@@ -411,7 +414,7 @@ def judge_value(critic, data, micro_batch_size, name, ranks):
     """`judge` on all held-out rows, printed and returned as `<name>/..`."""
     critic.eval()
     values = []
-    for batch in heldout_batches(data, micro_batch_size, 1, ranks):
+    for batch in heldout_batches(data.heldout, micro_batch_size, 1, ranks):
         value_BT = critic.logits(batch, run_policy=True).sigmoid()
         values.append(ranks.gather(value_BT).flatten(0, 1).cpu())
     critic.train()
@@ -478,6 +481,7 @@ def main(args):
     # Model and data: every rank draws the same initial weights
     torch.manual_seed(args.seed)
     model, tokenizer = build_model(args.model, args.num_heads, args.seq_len, args.recompute)
+    model.set_trained(args.train)
     critic = Critic(model, args, ranks)  # ALGO LOGIC: V is drawn after the policy
     data = load_records(args, tokenizer, ranks)
     describe(args, model, data, micro_batch_size, ranks)
@@ -496,8 +500,7 @@ def main(args):
         if run.should_save(step):
             run.save(step, model=critic, optimizer=optimizer)  # after a stop signal it ends here
         if run.should_evaluate(step):
-            heldout = evaluate_heldout(model, data, micro_batch_size, args.num_heads, ranks)
-            run.log(step, heldout)
+            heldout = run.evaluate(step, model, data, micro_batch_size)
         if step == args.max_steps:
             break
 

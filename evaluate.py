@@ -35,6 +35,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import datasets
@@ -116,7 +117,9 @@ def heldout_suite(model, tokenizer, data, args, ranks):
     """Metrics of the `heldout` suite, and for each document the sums that runs are compared by."""
     num_heads, parts = len(model.heads.layers), []
     with torch.inference_mode():
-        for batch in heldout_batches(data, args.batch_size, num_heads, ranks):
+        batches = heldout_batches(data.heldout, args.batch_size, num_heads, ranks)
+        total = math.ceil(len(data.heldout) / args.batch_size)
+        for batch in tqdm(batches, "heldout batches", total, mininterval=10):
             loss_KBT, acc_KBT = model(batch.x_BT, batch.targets_KBT, "correct")
             figures = (loss_KBT, acc_KBT, batch.targets_KBT != IGNORE)
             parts.append(torch.stack([values.cpu().double() for values in figures]))
@@ -720,8 +723,10 @@ def load_heldout(args, record, model, tokenizer, ranks):
     longest = max_positions(model.causal_lm.config)
     if seq_len > longest:
         raise UsageError(f"--seq-len {seq_len}: the model has positions for {longest} tokens")
-    seed, noise_frac = own.get("seed", args.seed), own.get("noise_frac", 0.0)
-    data = load_data(name, tokenizer, seq_len, seed, noise_frac, ranks)
+    options = dict(seed=args.seed, noise_frac=0.0, heldout_data="")
+    options.update({key: own[key] for key in options if key in own and not args.data})
+    options.update(data=name, seq_len=seq_len, seed=own.get("seed", args.seed))
+    data = load_data(SimpleNamespace(**options), tokenizer, ranks)
     before, now = record.get("heldout_fingerprint"), data.heldout_fingerprint
     if name == own.get("data") and before != now:
         text = f"not the held-out text of the run ({before} then, {now} now: another Python?)"

@@ -44,7 +44,7 @@ def judge(run_dir, seed, num_heads):
     from common import IGNORE, Ranks, build_model, imitate_all, load_data
 
     model, tokenizer = build_model(str(run_dir), num_heads)
-    data = load_data("stdlib-bugs", tokenizer, 256, seed, 0.0, Ranks())
+    data = load_data(tools.data_args("stdlib-bugs", seed=seed), tokenizer, Ranks())
     rows, siblings = imitate_all(data.heldout), {}
     for batch, loss_BT, correct_BT in tools.heldout_losses(model, rows, np.arange(len(rows))):
         count = (batch.targets_KBT[0] != IGNORE).sum(1)

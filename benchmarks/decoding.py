@@ -66,7 +66,7 @@ def measure(name, args):
     folder = Path(name) / "model" if (Path(name) / "model").exists() else name
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     plain.generation_config.eos_token_id = None
-    data = load_data(args.data, tokenizer, 256, 0, 0.0, Ranks())
+    data = load_data(tools.data_args(args.data), tokenizer, Ranks())
     for size in args.batches:
         prompts = prompts_of(data, max(args.prompts, size))
         batches = [prompts[first : first + size] for first in range(0, len(prompts), size)]

@@ -67,7 +67,7 @@ def judge(run_dir, data_name, noise, seed, num_heads, reference):
     from common import IGNORE, Ranks, build_model, load_batch, load_data
 
     model, tokenizer = build_model(str(run_dir), num_heads)
-    data = load_data(data_name, tokenizer, 256, seed, noise, Ranks())
+    data = load_data(tools.data_args(data_name, seed=seed, noise_frac=noise), tokenizer, Ranks())
     numbers, documents = np.arange(0, len(data.heldout), 4), {}
     for batch, loss_BT, correct_BT in tools.heldout_losses(model, data.heldout, numbers):
         document_BT = data.heldout[batch.rows_B]["document"]

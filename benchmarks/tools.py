@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import scipy.stats
@@ -160,6 +161,12 @@ def prepare_proof(args, free, num_layers):
     file.write_text(json.dumps(settings))
     write_json(out / "config.json", {**PROOF_MODEL, "num_hidden_layers": num_layers})
     return out, settings
+
+
+def data_args(data, **changes):
+    """Arguments of `load_data`."""
+    defaults = dict(heldout_data="", seq_len=256, seed=0, noise_frac=0.0)
+    return SimpleNamespace(data=data, **{**defaults, **changes})
 
 
 def heldout_losses(model, rows, numbers):

@@ -70,7 +70,8 @@ def rows_and_model(args, num_heads):
 
     torch.manual_seed(0)
     model, tokenizer = build_model(args.config, num_heads, args.seq_len)
-    return load_data("stdlib", tokenizer, args.seq_len, 0, 0.0, Ranks()).train, model
+    data = load_data(tools.data_args("stdlib", seq_len=args.seq_len), tokenizer, Ranks())
+    return data.train, model
 
 
 def run_trainer(args):

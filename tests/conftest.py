@@ -14,6 +14,7 @@ import re
 import signal
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -141,6 +142,12 @@ def slow_bounded(powers, epsilon, max_weight):
         return np.clip(np.exp(log_factor) * np.asarray(powers, float), epsilon, max_weight)
 
     return clipped(brentq(lambda c: clipped(c).mean() - 1, -60, 60, xtol=1e-12)).tolist()
+
+
+def data_args(data, **changes):
+    """Arguments of `load_data`."""
+    defaults = dict(heldout_data="", seq_len=32, seed=0, noise_frac=0.0)
+    return SimpleNamespace(data=str(data), **{**defaults, **changes})
 
 
 def bytes_tokenizer():

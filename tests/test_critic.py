@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 import baseline_mtp
 import critic_wmtp
 from common import IGNORE, Ranks, build_model, imitate_all, load_batch, load_data, load_tokenizer
-from conftest import make_reward_model, metrics_of, on_ranks, refused, run_main, same_tensors
-from conftest import short_args, slow_bounded, weights_of, write_lines
+from conftest import data_args, make_reward_model, metrics_of, on_ranks, refused, run_main
+from conftest import same_tensors, short_args, slow_bounded, weights_of, write_lines
 from critic_wmtp import judge, pair_loss, partners, prefixes, reward_scores
 
 LENGTH = 32
@@ -62,7 +62,7 @@ def lines_with(run_dir, key):
 
 
 def rows_of(name, seq_len=LENGTH):
-    return load_data(str(name), load_tokenizer(None), seq_len, 0, 0.0, Ranks())
+    return load_data(data_args(name, seq_len=seq_len), load_tokenizer(None), Ranks())
 
 
 def batch_of(folder, numbers, train_on="correct"):

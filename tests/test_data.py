@@ -25,7 +25,7 @@ from tokenizers.processors import TemplateProcessing
 
 import common
 from common import IGNORE, Ranks, imitate_all, load_batch, micro_batches
-from conftest import bytes_tokenizer, refused, write_lines
+from conftest import bytes_tokenizer, data_args, refused, write_lines
 
 BYTES = bytes_tokenizer()
 MBPP = Path(__file__).parents[2] / "shared/data/mbpp.jsonl"
@@ -38,8 +38,8 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def load(name, tokenizer=BYTES, seq_len=32, seed=0, noise_frac=0.0, **options):
-    return common.load_data(str(name), tokenizer, seq_len, seed, noise_frac, Ranks(), **options)
+def load(name, tokenizer=BYTES, seq_len=32, score=None, **changes):
+    return common.load_data(data_args(name, seq_len=seq_len, **changes), tokenizer, Ranks(), score)
 
 
 def write(file, records):
@@ -542,7 +542,7 @@ def test_files_that_cannot_be_used(tmp_path, message):
 
 def test_flags_that_cannot_be_used(tmp_path, monkeypatch):
     refused(lambda: load("stdlib", seq_len=1), "--seq-len 1:")
-    refused(lambda: load("stdlib", noise_frac=math.nan), "--noise-frac nan:")
+    refused(lambda: load("stdlib", noise_frac=math.nan), "--noise-frac nan: from 0 to 1")
     refused(lambda: load("nonesuch"), "--data nonesuch: no such file")
     (tmp_path / "a.xlsx").write_text("x")
     refused(lambda: load(tmp_path / "a.xlsx"), "a.xlsx: unknown kind of file; .jsonl .ndjson")

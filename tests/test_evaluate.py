@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import CONFIG, refused, run_main, short_args, write_lines
+from conftest import CONFIG, data_args, refused, run_main, short_args, write_lines
 
 import baseline_mtp
 import common
@@ -53,7 +53,8 @@ def loaded(trained, material):
     plain = transformers.AutoModelForCausalLM.from_pretrained(trained / "model").eval()
     tokenizer = common.load_tokenizer(trained / "model")
     name = str(material / "text.jsonl")
-    return model, plain, tokenizer, common.load_data(name, tokenizer, 64, 0, 0.0, common.Ranks())
+    data = common.load_data(data_args(name, seq_len=64), tokenizer, common.Ranks())
+    return model, plain, tokenizer, data
 
 
 # ----------------------------------------------------------------------- held-out text and speed

@@ -18,8 +18,8 @@ import baseline_mtp
 import rho1_wmtp
 from common import IGNORE, Batch, Ranks, batch_rows, bounded_softmax
 from common import load_batch, load_data, load_tokenizer, make_targets, weights_of_targets
-from conftest import CONFIG, metrics_of, on_ranks, refused, run_main, same_tensors, short_args
-from conftest import slow_bounded, small_texts, weights_of, write_lines
+from conftest import CONFIG, data_args, metrics_of, on_ranks, refused, run_main, same_tensors
+from conftest import short_args, slow_bounded, small_texts, weights_of, write_lines
 
 LENGTH, KEY = 32, (0, 0, 1)
 
@@ -54,7 +54,8 @@ def rho1(material, tmp_path_factory):
 
 
 def rows_of(folder, name="text"):
-    return load_data(str(folder / f"{name}.jsonl"), load_tokenizer(None), LENGTH, 0, 0.3, Ranks())
+    args = data_args(folder / f"{name}.jsonl", seq_len=LENGTH, noise_frac=0.3)
+    return load_data(args, load_tokenizer(None), Ranks())
 
 
 # --------------------------------------------------------------------------------- the weights

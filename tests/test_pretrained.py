@@ -1,0 +1,178 @@
+"""Training that begins with a model's weights: heads alone, rates, evaluations, held-out files."""
+
+import functools
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+
+import baseline_mtp
+import common
+from conftest import CONFIG, bytes_tokenizer, metrics_of, refused, run_main, same_tensors
+from conftest import short_args, weights_of, write_lines
+
+ROOT = Path(__file__).parents[1]
+CHANGES = dict(num_heads=3, train="heads", lr=None, save_every=2, keep_last=0, max_steps=4)
+
+
+@pytest.fixture(scope="module")
+def plain(material, tmp_path_factory):
+    """Folder of a plain model with random weights."""
+    folder = tmp_path_factory.mktemp("plain")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**CONFIG)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    bytes_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(material, plain, tmp_path_factory):
+    """Run folder after four updates of heads 2 and 3 alone."""
+    run_dir = tmp_path_factory.mktemp("heads") / "run"
+    args = short_args(baseline_mtp, material, run_dir, model=plain, **CHANGES)
+    assert run_main(baseline_mtp, args) == 0
+    return run_dir
+
+
+def heldout_of(run_dir):
+    return [line for line in metrics_of(run_dir) if "eval/loss_head_1" in line]
+
+
+def test_heads_alone_train_and_the_plain_model_stays(material, plain, trained):
+    before = transformers.AutoModelForCausalLM.from_pretrained(plain).state_dict()
+    after = transformers.AutoModelForCausalLM.from_pretrained(trained / "model").state_dict()
+    assert same_tensors(before, after)
+    first, last = heldout_of(trained)
+    assert (first["step"], last["step"]) == (0, 4)
+    assert first["eval/loss_head_1"] == last["eval/loss_head_1"]
+    assert all(first[f"eval/loss_head_{k}"] > last[f"eval/loss_head_{k}"] for k in (2, 3))
+    assert metrics_of(trained)[-1]["step"] == 4
+    assert json.loads((trained / "args.json").read_text())["args"]["lr"] == 1e-3
+
+
+def test_heads_alone_have_gradients_as_when_all_trains(plain):
+    x_BT = torch.arange(3, 33).view(2, 15)
+    targets_KBT = x_BT.roll(-1, 1).expand(3, 2, 15)
+    gradients = []
+    for part, chunk in (("all", None), ("heads", None), ("heads", 16)):
+        model = common.load_mtp(str(plain), 3)
+        model.set_trained(part)
+        with pytest.MonkeyPatch.context() as patch:
+            if chunk:
+                chunked = functools.partial(common.token_losses, chunk=chunk)
+                patch.setattr(common, "token_losses", chunked)
+            model(x_BT, targets_KBT).sum().backward()
+        heads = model.heads.layers[1:].parameters()
+        gradients.append([p.grad for p in heads])
+        others = [p for p in model.parameters() if not p.requires_grad]
+        assert (part == "all") == (not others) and all(p.grad is None for p in others)
+    for other in gradients[1:]:
+        for one, two in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_checkpoints_hold_the_heads_alone_and_resume(material, plain, trained, tmp_path):
+    reader = dcp.FileSystemReader(trained / "checkpoints/step_000002")
+    names = set(reader.read_metadata().state_dict_metadata)
+    assert names and all(".layers.4.layers." in name for name in names)
+    assert not any(".layers.4.layers.0." in name for name in names)
+    with pytest.MonkeyPatch.context() as patch:
+        log = common.Run.log
+
+        def stop(run, step, metrics):
+            log(run, step, metrics)
+            if step == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(common.Run, "log", stop)
+        args = short_args(baseline_mtp, material, tmp_path / "run", model=plain, **CHANGES)
+        assert run_main(baseline_mtp, args) == 0
+    assert not (tmp_path / "run/model").exists()
+    assert run_main(baseline_mtp, args) == 0
+    assert metrics_of(tmp_path / "run") == metrics_of(trained)
+    assert same_tensors(weights_of(tmp_path / "run"), weights_of(trained))
+    changed = transformers.AutoModelForCausalLM.from_pretrained(plain)
+    with torch.no_grad():
+        changed.model.norm.weight[0] += 1
+    changed.save_pretrained(tmp_path / "changed")
+    bytes_tokenizer().save_pretrained(tmp_path / "changed")
+    (tmp_path / "run/model").rename(tmp_path / "finished")
+    record = json.loads((tmp_path / "run/args.json").read_text())
+    record["args"]["model"] = str(tmp_path / "changed")
+    (tmp_path / "run/args.json").write_text(json.dumps(record))
+    args = short_args(
+        baseline_mtp, material, tmp_path / "run", model=tmp_path / "changed", **CHANGES
+    )
+    refused(lambda: run_main(baseline_mtp, args), "is of another run", "frozen_weights")
+
+
+def test_two_ranks_train_the_same_heads(material, plain, trained, tmp_path):
+    args = short_args(baseline_mtp, material, tmp_path / "run", model=plain, **CHANGES)
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items() if value]
+    words = [word for word in words if "=True" not in word]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node=2", str(ROOT / "baseline_mtp.py"), *words]
+    subprocess.run(command, check=True, capture_output=True)
+    one, two = weights_of(trained), weights_of(tmp_path / "run")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+    assert same_tensors(
+        *({k: v for k, v in w.items() if not k.startswith("heads.")} for w in (one, two))
+    )
+
+
+@pytest.mark.parametrize("changes, lr", [({}, 3e-3), (dict(model="x"), 1e-5), (dict(lr=1), 1)])
+def test_the_default_rate_follows_the_weights(changes, lr):
+    assert baseline_mtp.Args(**changes).lr == lr
+    heads = baseline_mtp.Args(**{"model": "x", **changes, "train": "heads"})
+    assert heads.lr == (1 if changes.get("lr") else 1e-3)
+
+
+def test_heads_alone_need_weights_and_two_heads():
+    for changes in (dict(), dict(model="a/config.json"), dict(model="x", num_heads=1)):
+        refused(lambda c=changes: baseline_mtp.Args(train="heads", **c), "--train heads", "--model")
+
+
+def test_a_heldout_file_leaves_the_data_whole(material, tmp_path, capsys):
+    """Two seeds are measured on the same text, and all of --data is trained on."""
+    texts = [json.loads(line) for line in (material / "text.jsonl").read_text().splitlines()]
+    file = write_lines(tmp_path / "heldout.jsonl", [texts[0], dict(text="another one")])
+    data = []
+    for seed in (0, 1):
+        args = short_args(baseline_mtp, material, "", heldout_data=file, seed=seed)
+        data.append(common.load_data(args, bytes_tokenizer(), common.Ranks()))
+    first, second = data
+    assert first.heldout_fingerprint == second.heldout_fingerprint
+    assert first.train[:]["document"].max() == len(texts) - 1
+    assert first.heldout_bytes == len(texts[0]["text"]) + len("another one")
+    assert "1 documents of --heldout-data are in --data too" in capsys.readouterr().out
+
+
+def test_some_heldout_rows_and_a_signal_in_an_evaluation(material, tmp_path, monkeypatch, capsys):
+    """The rows are evenly spaced; a stop signal saves the state, and the run goes on from there."""
+    options = dict(eval_every=2, max_steps=4, num_heads=2, eval_rows=2, save_every=0)
+    args = short_args(baseline_mtp, material, tmp_path / "run", **options)
+    load_batch, seen = common.load_batch, []
+
+    def observed(rows, numbers, *more):
+        if (numbers < 0).any():  # a held-out batch: two rows of eight
+            seen.append(rows[:]["input_ids"])
+            if len(seen) == 1:
+                signal.raise_signal(signal.SIGTERM)
+        return load_batch(rows, numbers, *more)
+
+    monkeypatch.setattr(common, "load_batch", observed)
+    assert run_main(baseline_mtp, args) == 0
+    assert "stopped   by SIGTERM after update 2 of 4; saved" in capsys.readouterr().out
+    assert run_main(baseline_mtp, args) == 0
+    assert [line["step"] for line in heldout_of(tmp_path / "run")] == [2, 4]
+    data = common.load_data(args, bytes_tokenizer(), common.Ranks())
+    ids = data.heldout[:]["input_ids"]
+    assert (seen[0] == ids[[0, -1]]).all()
