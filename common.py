@@ -862,9 +862,9 @@ def _load_data(args, tokenizer, ranks, score):
         ("held-out", heldout_N, 0.0),
     ):
         chosen = documents.select(number_N)
-        fingerprints.append(_fingerprint([_texts(document) for document in chosen]))
+        fingerprints.append(digest([_texts(document) for document in chosen]))
         made_of = [fingerprints[-1], is_packed, tokenizer_key, seq_len, noise]
-        key = _fingerprint(["rows 2", *made_of, seed if noise else 0])
+        key = digest(["rows 2", *made_of, seed if noise else 0])
         rows = _pack(chosen, is_packed, tokenizer, seq_len, noise, seed, key)
         if len(rows) == 0:
             reason = f"no record fits --seq-len {seq_len}" if len(number_N) else "no document"
@@ -880,7 +880,7 @@ def _load_data(args, tokenizer, ranks, score):
             if reward_N[number_N].max() <= CORRECT:
                 reward = f"no {part} record has a reward above {CORRECT}"
                 raise UsageError(f"--data {name}: {reward}")
-            fingerprints.append(_fingerprint(reward_N[number_N].tolist()))
+            fingerprints.append(digest(reward_N[number_N].tolist()))
         parts[part] = rows.with_format("numpy")
 
     train, heldout = parts["training"], parts["held-out"]
@@ -895,16 +895,16 @@ def _load_data(args, tokenizer, ranks, score):
         train=train,
         records=parts["training"],
         heldout=heldout,
-        fingerprint=_fingerprint(fingerprints),
+        fingerprint=digest(fingerprints),
         tokenizer_fingerprint=tokenizer_key,
-        heldout_fingerprint=_fingerprint(texts),
+        heldout_fingerprint=digest(texts),
         heldout_bytes=len(stream),
         heldout_tokens=int(is_target_NT.sum()),
         zlib_bits_per_byte=8 * len(zlib.compress(stream, 9)) / len(stream),
     )
 
 
-def _fingerprint(value):
+def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
@@ -914,7 +914,7 @@ def _tokenizer_fingerprint(tokenizer):
     if tokenizer.is_fast:
         pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
         parts += [pipeline[key] for key in sorted(pipeline.keys() - {"truncation", "padding"})]
-    return _fingerprint(parts)
+    return digest(parts)
 
 
 def _texts(document):
@@ -954,7 +954,7 @@ def _read_documents(name, tokenizer, ranks):
 
         types = {str: "large_string", float: "float64", int: "int64", bool: "bool"}
         features = {c: datasets.Value(types[type(value)]) for c, value in DOCUMENT.items()}
-        key = _fingerprint(["documents 1", name, sys.version, content, tokenizer.chat_template])
+        key = digest(["documents 1", name, sys.version, content, tokenizer.chat_template])
         options = dict(features=datasets.Features(features), fingerprint=key)
         loaded = datasets.Dataset.from_generator(documents, **options)
     except UsageError:
@@ -1164,7 +1164,7 @@ def _split(documents, has_outcomes, seed, name):
     part_N = np.array(documents["part"][:])
     if part_N.any():
         return tuple(np.flatnonzero(part_N == part) for part in PARTS)
-    hashes = [_fingerprint([seed, _texts(document)]) for document in documents]
+    hashes = [digest([seed, _texts(document)]) for document in documents]
     groups = hashes
     if has_outcomes:
         groups = [d["group"] or d["prompt"] for d in documents]
@@ -1577,10 +1577,7 @@ class Run:
         self.state = dict(model=model, optimizer=optimizer)
         if self.args.train == "heads":  # checkpoints do not hold the rest: it must be the same
             self.identity["frozen_weights"] = self._frozen_weights(model)
-        folder = self.folder / "checkpoints"
-        if self.args.checkpoint_dir:
-            folder = f"{self.args.checkpoint_dir}/{self.folder.name}"
-        folder = f"{folder}/{self.name}".rstrip("/")
+        folder = checkpoint_folder(self.folder, self.args.checkpoint_dir, self.name)
         self.checkpoints = Checkpoints(folder, self.identity, self.args.keep_last, self.ranks)
         self.start, metrics = self.checkpoints.load(model, optimizer)
         self.last_saved = self.start
@@ -1974,7 +1971,7 @@ class Checkpoints:
         self.wait()
         name = f"step_{step:06d}"
         meta = dict(step=step, identity=self.identity, versions=versions())
-        writer = self._storage(name, dcp.FileSystemWriter, FsspecWriter)
+        writer = self.storage(name, dcp.FileSystemWriter, FsspecWriter)
         write_metadata = writer.finish
 
         def finish(metadata, results):  # on rank 0, after the files of all ranks
@@ -2012,7 +2009,7 @@ class Checkpoints:
         meta["files"] = {file: self._fingerprint(f"{path}/{file}") for file in files}
         self.fs.pipe_file(f"{path}/meta.json", json.dumps(meta).encode())
         self.bad.discard(path)
-        good = [path for path in self._complete() if path not in self.bad]
+        good = [path for path in self.complete() if path not in self.bad]
         for path in good[: -self.keep_last] if self.keep_last else []:
             self.fs.rm(path, recursive=True)
 
@@ -2032,7 +2029,7 @@ class Checkpoints:
                 last_good = self._last_good()
         name, meta, metrics = self.ranks.broadcast(last_good)
         if name:
-            reader = self._storage(name, dcp.FileSystemReader, FsspecReader)
+            reader = self.storage(name, dcp.FileSystemReader, FsspecReader)
             dcp.load(named_state(model, optimizer), storage_reader=reader, **self.options)
             self.ranks.print(f"resume    from {self.folder}/{name}")
             before, now = meta["identity"].get("max_steps"), self.identity.get("max_steps")
@@ -2049,7 +2046,7 @@ class Checkpoints:
             self.fs.makedirs(self.root, exist_ok=True)
         self.fs.pipe_file(f"{self.root}/.writable", b"")  # fail now, not at the first save
         self.fs.rm_file(f"{self.root}/.writable")
-        for path in reversed(self._complete()):
+        for path in reversed(self.complete()):
             name = path.rpartition("/")[2]
             try:
                 meta = json.loads(self.fs.cat_file(f"{path}/meta.json"))
@@ -2067,7 +2064,7 @@ class Checkpoints:
             raise UsageError(f"{self.flag}: no checkpoint is good; move them away to start anew")
         return None, {"step": 0}, b""
 
-    def _storage(self, name, local_class, remote_class):
+    def storage(self, name, local_class, remote_class):
         path = f"{self.root}/{name}"
         return local_class(path) if self.is_local else remote_class(self.fs.unstrip_protocol(path))
 
@@ -2078,11 +2075,46 @@ class Checkpoints:
         with open(file, "rb") as stream:
             return [self.fs.size(file), hashlib.file_digest(stream, "sha256").hexdigest()]
 
-    def _complete(self):
+    def complete(self):
         """Paths of the checkpoints that have a meta.json, in order of their steps."""
         self.fs.invalidate_cache()
         files = self.fs.glob(f"{glob.escape(self.root)}/step_*/meta.json")
         return sorted((file.rpartition("/")[0] for file in files), key=lambda p: (len(p), p))
+
+
+def checkpoint_folder(run_dir, checkpoint_dir, stage=""):
+    """Where the checkpoints of a run lie, those of a stage of its own in a folder inside."""
+    folder = (
+        f"{checkpoint_dir}/{Path(run_dir).name}" if checkpoint_dir else f"{run_dir}/checkpoints"
+    )
+    return f"{folder}/{stage}".rstrip("/")
+
+
+def load_checkpoints(run_dir, args, step):
+    """Yield step, model and tokenizer for a checkpoint of a run (`step` "all": for each).
+
+    Args:
+        args: the run's arguments, a dict. The model is one and the same, loaded anew.
+
+    Raises:
+        UsageError: no such checkpoint.
+    """
+    folder = checkpoint_folder(run_dir, args["checkpoint_dir"])
+    checkpoints = Checkpoints(folder, {}, 0, Ranks())
+    names = [path.rpartition("/")[2] for path in checkpoints.complete()]
+    steps = {int(name.removeprefix("step_")): name for name in names}
+    if step != "all" and int(step) not in steps:
+        raise UsageError(f"--step {step}: {folder} has {', '.join(map(str, steps)) or 'none'}")
+    model, tokenizer = build_model(args["model"], args["num_heads"])
+    for number in steps if step == "all" else [int(step)]:
+        reader = checkpoints.storage(steps[number], dcp.FileSystemReader, FsspecReader)
+        held = reader.read_metadata().state_dict_metadata
+        state = {}  # by the name in the checkpoint; what did not train is not in it
+        for name, p in model.named_parameters():
+            for key in {f"model.{name}", f"model.policy.{name}"} & held.keys():
+                state[key] = p.detach()
+        dcp.load(state, storage_reader=reader, no_dist=True)
+        yield number, model, tokenizer
 
 
 def named_state(model, optimizer):

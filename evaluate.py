@@ -7,9 +7,8 @@
     python evaluate.py --compare runs/A runs/B         differences with 95 % intervals
 
 Results go to eval/ in the run folder or to --out: results.json (flat keys `suite/metric`), figures,
-weights.html, programs and verdicts. The same command continues after a kill.
-Sources: Gloeckle et al. 2024 (arXiv 2404.19737); Chen et al. 2021 (2107.03374, eq. 1: pass@k);
-Efron 1979 (bootstrap). Shapes: B rows, T positions, K heads, D documents or problems.
+weights.html, programs and verdicts. The same command continues after a kill. pass@k: Chen et al.
+2021 (2107.03374, eq. 1). Shapes: B rows, T positions, K heads, D documents or problems.
 """
 
 import collections
@@ -48,10 +47,10 @@ from matplotlib.figure import Figure
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
-from common import IGNORE, UsageError, check_ranges, encode, first_line, generate
-from common import heldout_batches, load_data, load_mtp, load_tokenizer, log_to_tracker
-from common import max_positions, mbpp_record, model_dir, run_script, setup_ranks, versions
-from common import write_whole
+from common import IGNORE, UsageError, check_ranges, digest, encode, first_line, generate
+from common import heldout_batches, load_checkpoints, load_data, load_mtp, load_tokenizer
+from common import log_to_tracker, max_positions, mbpp_record, model_dir, run_script, setup_ranks
+from common import versions, write_whole
 
 PROGRAMS = ("humaneval", "mbpp", "code_contests")
 Suite = Literal["heldout", "speed", "humaneval", "mbpp", "code_contests"]
@@ -61,6 +60,7 @@ Suite = Literal["heldout", "speed", "humaneval", "mbpp", "code_contests"]
 class Args:
     # What is evaluated
     run_dir: str = ""  # a finished run; empty: the newest one in runs/
+    step: str = ""  # held-out figures of a checkpoint instead: its update, or all
     model: str = ""  # instead of a run: a Hugging Face model (folder or hub name)
     suites: list[Suite] = field(default_factory=lambda: ["heldout", "speed"])  # what to measure
     compare: list[str] = field(default_factory=list)  # evaluated runs to compare with the first
@@ -106,6 +106,8 @@ class Args:
             raise UsageError(f"--n {self.n}: --temperature 0 repeats one program; use --n 1")
         if self.run_dir and self.model:
             raise UsageError(f"--run-dir {self.run_dir}: not together with --model {self.model}")
+        if self.step and not re.fullmatch(r"all|\d+", self.step):
+            raise UsageError(f"--step {self.step}: the number of an update, or all")
 
 
 def say(topic, text):
@@ -133,10 +135,8 @@ def heldout_suite(model, tokenizer, data, args, ranks):
             sums_D = np.bincount(document_BT[is_target_BT], values_BT[is_target_BT])
             documents[f"{name}_head_{k}"] = sums_D
         loss, acc, count = figures_3KBT[:, k - 1].sum((1, 2))
-        if count == 0:
-            raise UsageError(f"--seq-len {args.seq_len}: too short, head {k} has no target")
-        metrics[f"heldout/loss_head_{k}"] = loss / count
-        metrics[f"heldout/acc_head_{k}"] = acc / count
+        metrics[f"heldout/loss_head_{k}"] = loss / max(1, count)
+        metrics[f"heldout/acc_head_{k}"] = acc / max(1, count)
     bits = metrics["heldout/loss_head_1"] / math.log(2) * data.heldout_tokens
     metrics["heldout/bits_per_byte"] = bits / data.heldout_bytes
 
@@ -145,7 +145,6 @@ def heldout_suite(model, tokenizer, data, args, ranks):
     ids = pd.Series(columns["input_ids"][is_target_BT]).groupby(document_BT[is_target_BT])
     texts = ids.agg(lambda ids: tokenizer.decode(ids.tolist(), skip_special_tokens=True))
     documents["bytes"] = texts.map(lambda text: len(text.encode("utf-8", "replace")))
-    # Documents add up to the figure, though their first tokens have no target
     documents["bits"] = documents["loss_head_1"] * (bits / documents["loss_head_1"].sum())
     return metrics, documents.to_dict("list")
 
@@ -186,8 +185,6 @@ def speed_suite(model, data, args, ranks):
             steps = max(1, sum(part.row_steps for part in parts))
             metrics[f"speed/tokens_per_forward_{key}"] = sum(p.new_tokens for p in parts) / steps
             metrics[f"speed/speedup_{key}"] = np.median(ratios)
-            for j, accepted in enumerate(sum(part.accepted for part in parts), start=1):
-                metrics[f"speed/accepted_{key}/draft_{j}"] = float(accepted / steps)
     plain = texts["heads_1_batch_1"]
     metrics["speed/identical"] = all(text == plain for text in texts.values())
     return metrics
@@ -218,10 +215,6 @@ class Problem:
     @functools.cached_property
     def fingerprint(self):
         return digest([self.task_id, self.tests, self.cases, self.time_s, self.memory_mib])
-
-
-def digest(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def read_records(flag, file, name="", part=None, split="train"):
@@ -292,26 +285,16 @@ def make_problem(suite, r, shown):
 
 
 def read_json(file):
-    """The object in a JSON file; {} where there is no file. Raises UsageError: a corrupt file."""
-    try:
-        return {**json.loads(file.read_bytes())} if file.exists() else {}
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{file}: cannot be read ({first_line(error)}); move it away") from None
+    return json.loads(file.read_bytes()) if file.exists() else {}
 
 
 def read_lines(file):
     """Objects of a file that grows by JSON lines; a last line that a kill cut short goes."""
-    content = file.read_bytes() if file.exists() else b""
-    whole, _, rest = content.rpartition(b"\n")
-    try:
-        records = [{**json.loads(line)} for line in whole.splitlines()]
-        if rest and not rest.startswith(b"{"):
-            raise ValueError("the last line is no object")
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{file}: cannot be read ({first_line(error)}); move it away") from None
-    if rest:
-        file.write_bytes(content.removesuffix(rest))
-    return records
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    if lines and not lines[-1].endswith(b"\n"):
+        file.write_bytes(b"".join(lines[:-1]))
+        lines.pop()
+    return [json.loads(line) for line in lines]
 
 
 def read_solutions(args, problems):
@@ -711,7 +694,7 @@ def find_run(args):
     record = read_json(run_dir / "args.json")
     if not record:
         raise UsageError(f"--run-dir {run_dir}: no args.json; a plain checkpoint goes to --model")
-    if not (run_dir / "model").is_dir():
+    if not args.step and not (run_dir / "model").is_dir():
         raise UsageError(f"--run-dir {run_dir}: not finished; go on by python {record['command']}")
     return run_dir, record
 
@@ -741,6 +724,19 @@ def fingerprint_of(path):
         with open(file, "rb") as opened:
             hashes.append([file.name, hashlib.file_digest(opened, "sha256").hexdigest()])
     return digest(hashes or str(path))
+
+
+def evaluate_steps(args, ranks):
+    """Held-out figures of a run's checkpoints, as a table, in eval/steps.json and the tracker."""
+    (run_dir, record), rows = find_run(args), {}
+    for step, model, tokenizer in load_checkpoints(run_dir, record["args"], args.step):
+        model.to(ranks.device).eval()
+        data, _ = load_heldout(args, record, model, tokenizer, ranks)
+        rows[step], _ = heldout_suite(model, tokenizer, data, args, ranks)
+        log_to_tracker(run_dir, step, rows[step], [])
+    (run_dir / "eval").mkdir(exist_ok=True)
+    write_whole(run_dir / "eval/steps.json", json.dumps(rows, indent=1))
+    print(pd.DataFrame(rows).T.rename_axis("step").to_string())
 
 
 # ---------------------------------------------------------------------------------------- report
@@ -818,10 +814,9 @@ def summands(run, key):
 
 
 def difference(first, other, key):
-    """Difference other - first of a figure, the ends of its 95 % interval, and D.
+    """Difference other - first of a figure, the ends of its 95 % interval (NaN below LEAST), and D.
 
-    Paired percentile bootstrap (Efron 1979) over documents or problems. NaN and 0 where the two do
-    not compare; below LEAST documents or problems the ends are NaN.
+    Paired percentile bootstrap (Efron 1979). NaN and 0 where the two do not compare.
     """
     values = [run["results"].get(key, math.nan) for run in (first, other)]
     if key.startswith("speed/") or math.isnan(sum(values)):
@@ -941,11 +936,11 @@ def main(args):
     ranks = setup_ranks(args.device, args.dtype)
     if ranks.world_size > 1:
         raise UsageError(f"torchrun with {ranks.world_size} ranks: start evaluate.py by python")
+    if args.step:
+        return evaluate_steps(args, ranks)
     problems = {suite: load_problems(suite, args) for suite in args.suites if suite in PROGRAMS}
-    sandbox = None
-    if problems:  # before the model is loaded, as it may be refused
-        options = (args.timeout, args.workers, args.allow)
-        sandbox = Sandbox(args.sandbox, args.i_understand_untrusted_code, *options)
+    options = (args.i_understand_untrusted_code, args.timeout, args.workers, args.allow)
+    sandbox = Sandbox(args.sandbox, *options) if problems else None
     results, out = evaluate(args, problems, sandbox, ranks)
     print(table(results).to_string())
     say("written", out)

@@ -14,6 +14,7 @@ import transformers
 
 import baseline_mtp
 import common
+import evaluate
 from conftest import CONFIG, bytes_tokenizer, metrics_of, refused, run_main, same_tensors
 from conftest import short_args, weights_of, write_lines
 
@@ -111,6 +112,21 @@ def test_checkpoints_hold_the_heads_alone_and_resume(material, plain, trained, t
         baseline_mtp, material, tmp_path / "run", model=tmp_path / "changed", **CHANGES
     )
     refused(lambda: run_main(baseline_mtp, args), "is of another run", "frozen_weights")
+
+
+def test_evaluate_takes_checkpoints_too(trained):
+    """Those of heads alone, over the weights that they began with."""
+    evaluate.main(evaluate.Args(run_dir=str(trained), step="all"))
+    rows = json.loads((trained / "eval/steps.json").read_text())
+    assert list(rows) == ["2", "4"]
+    for k in (1, 2, 3):
+        expected = heldout_of(trained)[-1][f"eval/loss_head_{k}"]
+        assert rows["4"][f"heldout/loss_head_{k}"] == pytest.approx(expected, rel=1e-5)
+        assert (rows["2"][f"heldout/loss_head_{k}"] > rows["4"][f"heldout/loss_head_{k}"]) == (
+            k > 1
+        )
+    args = evaluate.Args(run_dir=str(trained), step="3")
+    refused(lambda: evaluate.main(args), "--step 3", "has 2, 4")
 
 
 def test_two_ranks_train_the_same_heads(material, plain, trained, tmp_path):

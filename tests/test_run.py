@@ -1,5 +1,6 @@
 """Runs of the training scripts: files, kills and resumes, ranks, refusals, trackers."""
 
+import difflib
 import functools
 import importlib.util
 import json
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import pytest
@@ -570,17 +572,20 @@ def test_bad_input_is_one_line_and_exit_code_2(runs, tmp_path, monkeypatch, capf
     assert set(runs.material.iterdir()) - {runs.material / ".lock"} == before
 
 
-if __name__ == "__main__":
-    run_on_a_rank(json.loads(sys.argv[1]))
-
-
 def test_the_weighting_in_readme_runs_as_a_fork(material, tmp_path):
-    """README's `token_weights` in the place of the baseline's: mean 1, and twice on hard tokens."""
-    block = (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
-    source = (ROOT / "baseline_mtp.py").read_text()
-    before, _, after = source.partition("def token_weights(batch, loss_KBT):")
-    source = before + block + "\n\n# ---" + after.partition("\n# ---")[2]
-    source = source
+    """README's changes to the baseline, at most 15 lines: weights in the order of the entropies."""
+    readme = (ROOT / "README.md").read_text()
+    diff, function = (readme.partition(f"```{kind}\n")[2].partition("```")[0] for kind in KINDS)
+    baseline = (ROOT / "baseline_mtp.py").read_text()
+    source = baseline.replace("import torch\n", "import torch\n\nimport common\n", 1)
+    lines = diff.splitlines()
+    for old, new in zip(lines[::2], lines[1::2], strict=True):
+        assert source.count(old[1:]) == 1 and (old[0], new[0]) == ("-", "+")
+        source = source.replace(old[1:], new[1:])
+    before, _, after = source.partition("def token_weights(")
+    source = before + function + "\n\n# ---" + after.partition("\n# ---")[2]
+    changed = difflib.unified_diff(baseline.splitlines(), source.splitlines(), n=0)
+    assert sum(line.startswith("+") for line in changed) - 1 <= 15
     (tmp_path / "mine_wmtp.py").write_text(source)
     spec = importlib.util.spec_from_file_location("mine_wmtp", tmp_path / "mine_wmtp.py")
     mine = importlib.util.module_from_spec(spec)
@@ -588,4 +593,15 @@ def test_the_weighting_in_readme_runs_as_a_fork(material, tmp_path):
     spec.loader.exec_module(mine)
     assert run_main(mine, short_args(mine, material, tmp_path / "run", max_steps=2)) == 0
     for line in metrics_of(tmp_path / "run")[:2]:
-        assert line["weights/mean"] == pytest.approx(1, abs=1e-5) and line["weights/max"] > 1.2
+        assert line["weights/mean"] == pytest.approx(1, abs=1e-5) and line["weights/max"] <= 3
+    targets_KBT = torch.tensor([[[5, 6, common.IGNORE, 7, common.IGNORE]]])
+    entropy_KBT = torch.tensor([[[0.3, 2.0, 9.0, 1.0, 9.0]]])
+    weight_BT = mine.token_weights(SimpleNamespace(targets_KBT=targets_KBT), entropy_KBT)
+    assert weight_BT[0, 1] < weight_BT[0, 4] < weight_BT[0, 2]
+    assert weight_BT[0, [0, 3]].tolist() == [1, 1]
+
+
+KINDS = ("diff", "python")  # of the two blocks in README
+
+if __name__ == "__main__":
+    run_on_a_rank(json.loads(sys.argv[1]))
