@@ -84,7 +84,9 @@ class Args:
     batch_size: int = 4  # rows an update, over all ranks and micro-steps
     micro_batch_size: int = 0  # rows a rank runs through the model at once; 0: batch size / ranks
     lr: float | None = None
-    """Peak learning rate of AdamW; None: 3e-3 from scratch, 1e-5 pretrained, 1e-3 heads alone."""
+    """Peak learning rate of AdamW; None: 3e-3 from scratch, 1e-5 for a model with weights."""
+    heads_lr: float | None = None
+    """That of heads 2..H; None: 1e-3 where they are added to a model with weights, else --lr."""
     warmup_steps: int = 40  # updates of linear warm-up; a cosine to zero follows
     max_steps: int = 1750  # updates in all
     weight_decay: float = 0.1  # decay of matrices; vectors have none
@@ -489,7 +491,7 @@ def main(args):
     model = shard(model.to(ranks.device), ranks)
     if args.compile:
         model.compile()
-    optimizer = make_optimizer(critic, args.lr, args.weight_decay)
+    optimizer = make_optimizer(critic, args)
 
     # Loop: save, evaluate, update. It comes round once more than there are updates
     start = run.resume(model=critic, optimizer=optimizer)
@@ -509,7 +511,7 @@ def main(args):
         torch.manual_seed(hash((args.seed, step, ranks.rank)))  # dropout: no generator to save
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         num_heads = active_heads(args.mtp_schedule, step, args.max_steps, args.num_heads)
         batches = micro_batches(data.train, args, micro_batch_size, step, num_heads, ranks)
         num_prefixes = ranks.sum(sum(prefixes(batch).sum() for batch in batches))

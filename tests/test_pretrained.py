@@ -55,7 +55,7 @@ def test_heads_alone_train_and_the_plain_model_stays(material, plain, trained):
     assert first["eval/loss_head_1"] == last["eval/loss_head_1"]
     assert all(first[f"eval/loss_head_{k}"] > last[f"eval/loss_head_{k}"] for k in (2, 3))
     assert metrics_of(trained)[-1]["step"] == 4
-    assert json.loads((trained / "args.json").read_text())["args"]["lr"] == 1e-3
+    assert json.loads((trained / "args.json").read_text())["args"]["heads_lr"] == 1e-3
 
 
 def test_heads_alone_have_gradients_as_when_all_trains(plain):
@@ -144,11 +144,25 @@ def test_two_ranks_train_the_same_heads(material, plain, trained, tmp_path):
     )
 
 
-@pytest.mark.parametrize("changes, lr", [({}, 3e-3), (dict(model="x"), 1e-5), (dict(lr=1), 1)])
-def test_the_default_rate_follows_the_weights(changes, lr):
-    assert baseline_mtp.Args(**changes).lr == lr
-    heads = baseline_mtp.Args(**{"model": "x", **changes, "train": "heads"})
-    assert heads.lr == (1 if changes.get("lr") else 1e-3)
+def test_default_rates_follow_the_weights(material, plain, trained):
+    """Of the trunk and of heads 2..H, where they are new and where the model has them."""
+    fresh, run = material / "config.json", trained / "model"
+    for changes, expected in [
+        (dict(model=fresh), (3e-3, 3e-3)),
+        (dict(model=fresh, lr=0.1), (0.1, 0.1)),
+        (dict(model=plain), (1e-5, 1e-3)),
+        (dict(model=plain, lr=0.1, heads_lr=0.2), (0.1, 0.2)),
+        (dict(model=run), (1e-5, 1e-5)),
+        (dict(model=run, train="heads"), (1e-5, 1e-3)),
+    ]:
+        args = baseline_mtp.Args(**{k: str(v) if k == "model" else v for k, v in changes.items()})
+        assert (args.lr, args.heads_lr) == expected
+    model = common.load_mtp(str(plain), 3)
+    optimizer = common.make_optimizer(model, args)
+    scale = {p: group["scale"] for group in optimizer.param_groups for p in group["params"]}
+    heads = {p for p in model.heads.layers[1:].parameters()}
+    assert {p for p, factor in scale.items() if factor == pytest.approx(100)} == heads
+    assert set(scale) == set(model.parameters())
 
 
 def test_heads_alone_need_weights_and_two_heads():

@@ -466,7 +466,9 @@ def test_checkpoints_of_another_run_are_refused(runs, tmp_path):
 
 def test_a_snapshot_is_not_changed_by_later_updates(tmp_path):
     model = torch.nn.Linear(500, 500)
-    optimizer = common.make_optimizer(model, 0.1, 0.0)
+    optimizer = common.make_optimizer(
+        model, SimpleNamespace(lr=0.1, heads_lr=0.1, weight_decay=0.0)
+    )
     checkpoints = common.Checkpoints(tmp_path, {}, 0, common.Ranks())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     checkpoints.save(1, model, optimizer, b"line\n")
