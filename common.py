@@ -76,6 +76,21 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+@contextlib.contextmanager
+def errors_as(start):
+    """Turn what libraries raise, which has no common class, into one line that begins so."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        if isinstance(error, datasets.exceptions.DatasetGenerationError):
+            error = error.__cause__
+        if isinstance(error, UsageError):
+            raise error from None
+        raise UsageError(f"{start} ({type(error).__name__}: {first_line(error)})") from error
+
+
 # ------------------------------------------------------------------------------- ranks and FSDP2
 class Output(io.FileIO):
     """Standard output or error; where nobody reads any more (`| head`), what is written is lost."""
@@ -164,20 +179,13 @@ class Ranks:
         return values[0]
 
     @contextlib.contextmanager
-    def rank_0_first(self, failure=""):
-        """True on rank 0, which works alone inside; its `UsageError` is raised on all ranks.
-
-        Where `failure` is given, any other error is raised as a `UsageError` that begins so.
-        """
+    def rank_0_first(self):
+        """True on rank 0, which works alone inside; its `UsageError` is raised on all ranks."""
         message = None
         try:
             yield self.rank == 0
         except UsageError as error:
             message = str(error)
-        except Exception as error:
-            if not failure:
-                raise
-            message = f"{failure} ({type(error).__name__}: {first_line(error)})"
         message = self.broadcast(message)
         if message is not None:
             raise UsageError(message)
@@ -571,16 +579,9 @@ def model_dir(name):
     return str(Path(name, "model")) if Path(name, "model", "config.json").exists() else str(name)
 
 
-@contextlib.contextmanager
 def model_errors(name):
     """Turn what transformers raises into one line that names `--model`."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:  # broken files raise errors without a common class
-        reason = f"not tiny, nor a model that can be used ({first_line(error)})"
-        raise UsageError(f"--model {name}: {reason}") from error
+    return errors_as(f"--model {name}: not tiny, nor a model that can be used")
 
 
 def load_tokenizer(folder=None, model=None):
@@ -889,42 +890,42 @@ def _read_documents(name, tokenizer, ranks):
     into 100 documents of one length, so that some can be held out.
     """
     path = Path(name).expanduser()
-    try:
+    with errors_as(f"--data {name}: cannot be read"):
         if name in ("stdlib", "stdlib-bugs"):
             texts = stdlib_texts()
             kind, content = "source files of Python", [Path(__file__).read_text(), texts]
-            source = stdlib_bugs(texts) if name == "stdlib-bugs" else ({"text": t} for t in texts)
-            rows = enumerate(source, start=1)
+            rows = stdlib_bugs(texts) if name == "stdlib-bugs" else ({"text": t} for t in texts)
+            sources = [(name, rows)]
         elif name == "mbpp" or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.exists()):
             where = dict(path=name, split="train")
             if name == "mbpp":
                 where = dict(path="google-research-datasets/mbpp", name="full", split="all")
             loaded = datasets.load_dataset(**where)
-            kind, content, rows = "data set", loaded._fingerprint, enumerate(loaded, start=1)
+            kind, content, sources = "data set", loaded._fingerprint, [(name, loaded)]
         else:
             files = _files(name, path, ranks)
             kind = " and ".join(sorted({_suffix(file)[1:] for file in files}))
             content = [[_suffix(file), _content_hash(file)] for file in files]
-            rows = (row for file in files for row in enumerate(_file_rows(file), start=1))
+            sources = ((file, _file_rows(file)) for file in files)
 
         def documents():
-            for number, row in rows:
-                for turn in _turns(row):
-                    yield DOCUMENT | _document(turn, f"--data {name}: row {number}", tokenizer)
+            for file, rows in sources:
+                rows, end = iter(rows), object()
+                for number in itertools.count(1):
+                    place = f"--data {file}: row {number}"
+                    with errors_as(f"{place}: cannot be read"):
+                        row = next(rows, {"text": ""} if number == 1 else end)  # no rows: empty
+                        turns = [] if row is end else _turns(row)
+                        made = [DOCUMENT | _document(turn, place, tokenizer) for turn in turns]
+                    if row is end:
+                        break
+                    yield from made
 
         types = {str: "large_string", float: "float64", int: "int64", bool: "bool"}
         features = {c: datasets.Value(types[type(value)]) for c, value in DOCUMENT.items()}
         key = _fingerprint(["documents 1", name, sys.version, content, tokenizer.chat_template])
         options = dict(features=datasets.Features(features), fingerprint=key)
         loaded = datasets.Dataset.from_generator(documents, **options)
-    except UsageError:
-        raise
-    except Exception as error:  # what readers and stores raise has no common class
-        cause = error.__cause__ or error
-        if isinstance(cause, UsageError):
-            raise cause from None
-        reason = f"cannot be read ({type(cause).__name__}: {first_line(cause)})"
-        raise UsageError(f"--data {name}: {reason}") from error
 
     kept_N = np.flatnonzero([len(text) > 0 for text in loaded["completion"]])
     if len(kept_N) == 0:
@@ -976,37 +977,38 @@ def _content_hash(file):
 
 
 def _file_rows(file):
-    """The rows of a file, each with its columns. A text is one row; a cell of CSV is text."""
-    suffix, rows = _suffix(file), []
+    """Yield the rows of a file, each with its columns. A text is one row; a cell of CSV is text."""
+    suffix = _suffix(file)
     if suffix == ".parquet":
         with fsspec.open(str(file), "rb") as stream:
-            return pyarrow.parquet.read_table(stream).to_pylist()
+            yield from pyarrow.parquet.read_table(stream).to_pylist()
+        return
     options = dict(encoding="utf-8-sig", newline="", compression="infer")
     with fsspec.open(str(file), "rt", **options) as stream:
         if suffix in (".csv", ".tsv"):
             csv.field_size_limit(2**31 - 1)
             delimiter = "," if suffix == ".csv" else "\t"
-            return list(csv.DictReader(stream, delimiter=delimiter, strict=True))
-        content = stream.read()
-    if suffix not in TABLES:
-        return [{"text": content}]
-    if content.startswith("["):
-        return json.loads(content)
-    for number, line in enumerate(content.split("\n"), start=1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            raise UsageError(f"--data {file}: line {number} is not JSON ({error})") from None
-    return rows
+            yield from csv.DictReader(stream, delimiter=delimiter, strict=True)
+        elif suffix in TABLES:  # a list, or JSON values one after the other, on any lines
+            text, end, decoder = stream.read().strip(), 0, json.JSONDecoder()
+            while end < len(text):
+                value, end = decoder.raw_decode(text, end)
+                yield from value if isinstance(value, list) else [value]
+                end = re.compile(r"\s*").match(text, end).end()
+        else:
+            yield {"text": stream.read()}
 
 
 def _turns(row):
-    """A row as it is; one of `messages` as a row for each of the assistant's turns."""
+    """A row as it is; one of `messages` as a row for each answer (none: an empty text)."""
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list):
         return [row]
-    numbers = [n for n, message in enumerate(messages) if message.get("role") == "assistant"]
-    return [{**row, "prompt": messages[:n], "completion": [messages[n]]} for n in numbers]
+    if not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
+        raise ValueError("a message without role or content")
+    numbers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [{**row, "prompt": messages[:n], "completion": [messages[n]]} for n in numbers]
+    return turns or [{"text": ""}]
 
 
 def _document(row, place, tokenizer):
@@ -1033,6 +1035,7 @@ def _document(row, place, tokenizer):
             raise UsageError(f"{place}: the column {column} {held}")
     *prompt, document["completion"] = [value or "" for value in values]
     document["prompt"] = "".join(prompt)
+    "".join(_texts(document)).encode()  # fails at half of a surrogate pair
     for column in ("group", "sibling", "fault_start", "fault_end"):
         if row.get(column) is not None:
             document[column] = type(DOCUMENT[column])(row[column])
@@ -1455,7 +1458,7 @@ class Run:
         self.folder = Path(args.run_dir or f"runs/{Path(script).stem}-s{args.seed}-{digest}")
         self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
         flag = f"--run-dir {self.folder}"
-        with ranks.rank_0_first(f"{flag}: cannot be read or written") as is_first:
+        with ranks.rank_0_first() as is_first, errors_as(f"{flag}: cannot be read or written"):
             if is_first:
                 self._open(flag)
         self.finished = ranks.broadcast(self.finished)
@@ -1928,7 +1931,8 @@ class Checkpoints:
                 or none that is good.
         """
         last_good = None
-        with self.ranks.rank_0_first(f"{self.flag}: cannot be read or written") as is_first:
+        failure = f"{self.flag}: cannot be read or written"
+        with self.ranks.rank_0_first() as is_first, errors_as(failure):
             if is_first:
                 last_good = self._last_good()
         name, meta, metrics = self.ranks.broadcast(last_good)

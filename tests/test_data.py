@@ -308,12 +308,19 @@ def test_every_cell_of_a_table_is_text_and_empty_ones_are_counted(tmp_path, caps
     assert "11 document(s), 2 empty ones left out" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.json", "list.json", "a.jsonl.xz"])
+JSON_FILES = ["a.JSONL", "a.ndjson", "a.json", "list.json", "objects.json", "a.jsonl.xz"]
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
 def test_the_format_is_told_by_the_suffix_in_any_case(tmp_path, capsys, name):
     texts = some_texts(9) + ["\x1b[31mred"]
     rows = [{"text": text} for text in texts]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    content = (json.dumps(rows, indent=1) if name == "list.json" else lines).encode()
+    lines = {  # as other programs write them: on several lines, after a blank one
+        "list.json": "\n" + json.dumps(rows, indent=1),
+        "objects.json": "\n".join(json.dumps(row, indent=1) for row in rows),
+    }.get(name, lines)
+    content = lines.encode()
     (tmp_path / name).write_bytes(lzma.compress(content) if ".xz" in name else content)
     loaded = load(tmp_path / name)
     assert Counter(texts_of(loaded.train) + texts_of(loaded.heldout)) == Counter(texts)
@@ -393,13 +400,14 @@ def message(role, content):
     return dict(role=role, content=content)
 
 
-def test_messages_go_through_the_chat_template(tmp_path):
+def test_messages_go_through_the_chat_template(tmp_path, capsys):
     """Prompt and completion as messages, and whole conversations: each answer is a completion."""
     tokenizer = fast_tokenizer("<bos> $A")
     turns = [[message("user", f"{n}?")] for n in range(5)]
     answer = [message("assistant", "é")]
     records = [dict(prompt=turn, completion=answer) for turn in turns]
     records += [dict(messages=[message("user", "x"), *answer, message("user", "y"), *answer])]
+    records += [dict(messages=[message("user", "without an answer")]), dict(messages=[])]
     file = write(tmp_path / "a.jsonl", records)
     refused(lambda: load(file, tokenizer), "row 1: holds messages", "--model has no chat template")
     tokenizer.chat_template = CHAT
@@ -412,6 +420,7 @@ def test_messages_go_through_the_chat_template(tmp_path):
     expected = [asked.format(f"{n}?") + start for n in range(5)] + [asked.format("x") + start]
     expected += [asked.format("x") + start + "é<eos>\n" + asked.format("y") + start]
     assert sorted(prompts) == sorted(expected)
+    assert "7 document(s), 2 empty ones left out" in capsys.readouterr().out
 
 
 def test_columns_of_alpaca(tmp_path):
@@ -515,12 +524,17 @@ def test_only_correct_records_are_imitated_unless_all_are(tmp_path):
 
 RECORD = {"prompt": "a", "completion": "b"}
 UNUSABLE = {  # what the message says: name and content of the file
-    "a.jsonl: line 2 is not JSON": '{"text": "a"}\n{"text": \n',
-    "cannot be read (UnicodeDecodeError": b'{"text": "\xff"}',
+    "row 2: cannot be read (JSONDecodeError: Expecting value: line 3": '{"text": ""}\n\n{"text":\n',
+    "row 1: cannot be read (UnicodeDecodeError": b'{"text": "\xff"}',
+    "row 2: cannot be read (UnicodeEncodeError": '{"text": "a"}\n{"text": "\\ud83d"}\n',
+    "row 1: cannot be read (ValueError: a message without role": [{"messages": [{"from": "me"}]}],
+    "row 1: cannot be read (TypeError": [{"instruction": 3, "output": "b"}],
+    "row 1: cannot be read (ValueError: invalid literal": [RECORD | {"fault_start": "x"}],
     "row 1: columns body, title; needs text": [{"body": "x", "title": "y"}],
     "row 2: the column text holds int 42, not text": [{"text": "a"}, {"text": 42}],
     "row 1: the column completion holds list ['b'], not": [RECORD | {"completion": ["b"]}],
-    "row 2: columns list;": '{"text": "a"}\n["b"]\n',
+    "row 2: columns str;": '{"text": "a"}\n["b"]\n',
+    "all of its 1 documents are empty": "\n",
     "all of its 2 documents are empty": [{"text": ""}, {"text": None}],
     "part (no record fits --seq-len 300)": [RECORD | {"prompt": p * 300} for p in "abc"],
     "row 1: the reward 1.5 is no number from 0 to 1": [RECORD | {"reward": 1.5}],
@@ -538,6 +552,12 @@ def test_files_that_cannot_be_used(tmp_path, message):
     else:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(lambda: load(file, seq_len=300), f"--data {file}", message)
+
+
+def test_of_several_files_the_bad_one_is_named_with_its_row(tmp_path):
+    (tmp_path / "1.csv").write_text("text\na\nb\nc\n")
+    (tmp_path / "2.csv").write_text('text\na\n"b\nc\n')  # a quote that does not end
+    refused(lambda: load(tmp_path / "*.csv"), f"--data {tmp_path / '2.csv'}: row 2: cannot be read")
 
 
 def test_flags_that_cannot_be_used(tmp_path, monkeypatch):
