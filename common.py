@@ -890,13 +890,15 @@ def _read_documents(name, tokenizer, ranks):
     into 100 documents of one length, so that some can be held out.
     """
     path = Path(name).expanduser()
+    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.exists()
+    is_hub_name = is_hub_name and _suffix(name) not in {*TABLES, *TEXTS}
     with errors_as(f"--data {name}: cannot be read"):
         if name in ("stdlib", "stdlib-bugs"):
             texts = stdlib_texts()
             kind, content = "source files of Python", [Path(__file__).read_text(), texts]
             rows = stdlib_bugs(texts) if name == "stdlib-bugs" else ({"text": t} for t in texts)
             sources = [(name, rows)]
-        elif name == "mbpp" or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.exists()):
+        elif name == "mbpp" or is_hub_name:
             where = dict(path=name, split="train")
             if name == "mbpp":
                 where = dict(path="google-research-datasets/mbpp", name="full", split="all")
@@ -943,23 +945,26 @@ def _read_documents(name, tokenizer, ranks):
 
 def _suffix(file):
     """`.jsonl` of `A.JSONL.gz?x`: the last suffix that is no compression, in lower case."""
-    suffixes = Path(str(file).partition("?")[0].lower()).suffixes
-    compressed = {".gz", ".bz2", ".xz", ".zst"}
+    path = file.partition("?")[0] if "://" in file else file
+    suffixes, compressed = Path(path.lower()).suffixes, {".gz", ".bz2", ".xz"}
     return ([""] + [suffix for suffix in suffixes if suffix not in compressed])[-1]
 
 
 def _files(name, path, ranks):
     """The files that `--data` names, in order; of a folder all texts in it."""
-    files = sorted(map(Path, glob.glob(str(path))))
-    if "://" in name:
-        files = [name]
-    elif path.is_dir():
-        inside = sorted(file for file in path.rglob("*") if file.is_file())
+    problem = f"no such file, hub name or preset ({', '.join(PRESETS)})"
+    if "://" in name or path.is_file():
+        files = [name if "://" in name else str(path)]
+    elif name and path.is_dir():
+        inside = sorted(str(file) for file in path.rglob("*") if file.is_file())
         files = [file for file in inside if _suffix(file) in TEXTS]
         if len(files) < len(inside):
             ranks.print(f"data      {len(inside) - len(files)} files of {path} left out: no texts")
+        problem = f"no texts in this folder; tables are named by a glob such as {name}/*.jsonl"
+    else:
+        files = sorted(filter(os.path.isfile, glob.glob(str(path), recursive=True)))
     if not files:
-        raise UsageError(f"--data {name}: no such file, hub name or preset ({', '.join(PRESETS)})")
+        raise UsageError(f"--data {name}: {problem}")
     for file in files:
         if _suffix(file) not in {*TABLES, *TEXTS}:
             known = f"{' '.join(TABLES)}, or a text such as .txt"
@@ -967,24 +972,29 @@ def _files(name, path, ranks):
     return files
 
 
+def file_system(name):
+    """The file system of a path or a URL, and the path in it; `::` chains URLs, never paths."""
+    return url_to_fs(name) if "://" in name else (LocalFileSystem(), os.path.abspath(name))
+
+
 def _content_hash(file):
     """SHA-256 of a local file; of a remote one what its store says of it (ETag, size, time)."""
-    if "://" in str(file):
-        store, path = url_to_fs(file)
+    store, path = file_system(file)
+    if not isinstance(store, LocalFileSystem):
         return store.ukey(path)
-    with open(file, "rb") as stream:
+    with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _file_rows(file):
     """Yield the rows of a file, each with its columns. A text is one row; a cell of CSV is text."""
-    suffix = _suffix(file)
+    suffix, (store, path) = _suffix(file), file_system(file)
     if suffix == ".parquet":
-        with fsspec.open(str(file), "rb") as stream:
+        with store.open(path, "rb") as stream:
             yield from pyarrow.parquet.read_table(stream).to_pylist()
         return
     options = dict(encoding="utf-8-sig", newline="", compression="infer")
-    with fsspec.open(str(file), "rt", **options) as stream:
+    with store.open(path, "rt", **options) as stream:
         if suffix in (".csv", ".tsv"):
             csv.field_size_limit(2**31 - 1)
             delimiter = "," if suffix == ".csv" else "\t"
@@ -1863,10 +1873,7 @@ class Checkpoints:
         # so botocore need not do so inside. The environment variable FSSPEC_S3 replaces this.
         fsspec.config.conf.setdefault("s3", {"config_kwargs": {"retries": {"max_attempts": 1}}})
         try:
-            if "://" in self.folder:
-                self.fs, self.root = url_to_fs(self.folder)
-            else:  # a path, whatever its name: fsspec chains file systems at ::
-                self.fs, self.root = LocalFileSystem(), os.path.abspath(self.folder)
+            self.fs, self.root = file_system(self.folder)
         except (ValueError, ImportError) as error:
             raise UsageError(f"{self.flag}: {first_line(error)}") from None
         self.is_local = isinstance(self.fs, LocalFileSystem)

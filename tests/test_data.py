@@ -280,6 +280,19 @@ def test_documents_of_a_file_or_a_folder(tmp_path, name):
     assert Counter(texts_of(loaded.train) + texts_of(loaded.heldout)) == Counter(texts)
 
 
+@pytest.mark.parametrize("name", ["a::b.jsonl", "[1]?x.jsonl", "deep/**/*.jsonl"])
+def test_a_path_is_a_path_whatever_its_name_and_a_glob_goes_into_folders(tmp_path, name):
+    files = [tmp_path / name]
+    if "**" in name:
+        files = [tmp_path / "deep" / inside for inside in ("1.jsonl", "a/2.jsonl", "a/b/3.jsonl")]
+    texts = some_texts(9)
+    for n, file in enumerate(files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file, texts[n :: len(files)])
+    loaded = load(tmp_path / name)
+    assert Counter(texts_of(loaded.train) + texts_of(loaded.heldout)) == Counter(texts)
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.PY.gz"])
 def test_one_text_is_cut_by_length_whatever_its_lines(tmp_path, name):
     text, file = "é\n" * 30 + "".join(map(str, range(50_000)))[:99_940], tmp_path / name
@@ -564,6 +577,15 @@ def test_flags_that_cannot_be_used(tmp_path, monkeypatch):
     refused(lambda: load("stdlib", seq_len=1), "--seq-len 1:")
     refused(lambda: load("stdlib", noise_frac=math.nan), "--noise-frac nan:")
     refused(lambda: load("nonesuch"), "--data nonesuch: no such file")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some text")
+    refused(lambda: load(""), "--data : no such file")  # an empty name is not this folder
+    (tmp_path / "tables").mkdir()
+    write(tmp_path / "tables" / "a.jsonl", ["x", "y"])
+    refused(lambda: load("tables"), "--data tables: no texts in this folder", "tables/*.jsonl")
+    refused(lambda: load("tables/b.jsonl"), "--data tables/b.jsonl: no such file")
+    (tmp_path / "a.jsonl.zst").write_text("x")
+    refused(lambda: load("a.jsonl.zst"), "a.jsonl.zst: unknown kind of file")
     (tmp_path / "a.xlsx").write_text("x")
     refused(lambda: load(tmp_path / "a.xlsx"), "a.xlsx: unknown kind of file; .jsonl .ndjson")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "a.xlsx")  # a file
