@@ -18,6 +18,7 @@ import functools
 import glob
 import hashlib
 import importlib.metadata
+import inspect
 import io
 import itertools
 import json
@@ -818,15 +819,16 @@ def _load_data(name, tokenizer, seq_len, seed, noise_frac, ranks, score):
     siblings = [d["sibling"] or d["prompt"] for d in documents]
     sibling_N = np.unique(siblings, return_inverse=True)[1]
     tokenizer_key = _tokenizer_fingerprint(tokenizer)
-    is_packed = not has_outcomes and not any(documents["prompt"])
+    is_packed, is_chat = not has_outcomes and not any(documents["prompt"]), documents[0]["is_chat"]
+    rules = [inspect.getsource(rule) for rule in (_pack, encode_spans, _pieces)]
 
     parts, fingerprints = {}, []
     for part, number_N, noise in (("training", train_N, noise_frac), ("held-out", heldout_N, 0.0)):
         chosen = documents.select(number_N)
         fingerprints.append(_fingerprint([_texts(document) for document in chosen]))
-        made_of = [fingerprints[-1], is_packed, tokenizer_key, seq_len, noise]
-        key = _fingerprint(["rows 2", *made_of, seed if noise else 0])
-        rows = _pack(chosen, is_packed, tokenizer, seq_len, noise, seed, key)
+        made_of = [fingerprints[-1], is_packed, is_chat, tokenizer_key, seq_len, noise]
+        key = _fingerprint([rules, *made_of, seed if noise else 0])
+        rows = _pack(chosen, is_packed, is_chat, tokenizer, seq_len, noise, seed, key)
         if len(rows) == 0:
             reason = f"no record fits --seq-len {seq_len}" if len(number_N) else "no document"
             raise UsageError(f"--data {name}: nothing for the {part} part ({reason})")
@@ -895,7 +897,7 @@ def _read_documents(name, tokenizer, ranks):
     with errors_as(f"--data {name}: cannot be read"):
         if name in ("stdlib", "stdlib-bugs"):
             texts = stdlib_texts()
-            kind, content = "source files of Python", [Path(__file__).read_text(), texts]
+            kind, content = "source files of Python", texts
             rows = stdlib_bugs(texts) if name == "stdlib-bugs" else ({"text": t} for t in texts)
             sources = [(name, rows)]
         elif name == "mbpp" or is_hub_name:
@@ -925,7 +927,8 @@ def _read_documents(name, tokenizer, ranks):
 
         types = {str: "large_string", float: "float64", int: "int64", bool: "bool"}
         features = {c: datasets.Value(types[type(value)]) for c, value in DOCUMENT.items()}
-        key = _fingerprint(["documents 1", name, sys.version, content, tokenizer.chat_template])
+        rules = [Path(__file__).read_text(), sys.version, tokenizer.chat_template]
+        key = _fingerprint([name, content, rules])
         options = dict(features=datasets.Features(features), fingerprint=key)
         loaded = datasets.Dataset.from_generator(documents, **options)
 
@@ -936,6 +939,8 @@ def _read_documents(name, tokenizer, ranks):
     start = repr("".join(_texts(first))[:60])  # no control characters for the terminal
     empty = f", {num_empty:,} empty ones left out" if num_empty else ""
     ranks.print(f"data      read as {kind}: {len(kept_N):,} document(s){empty}; the first: {start}")
+    if len(set(loaded.select(kept_N)["is_chat"])) > 1:
+        raise UsageError(f"--data {name}: holds messages and plain texts; name one kind alone")
     if len(kept_N) > 1 or first["prompt"]:
         return loaded.select(kept_N)
     text, cuts = first["completion"], np.linspace(0, len(first["completion"]), 101).astype(int)
@@ -1146,7 +1151,7 @@ def _split(documents, has_outcomes, seed, name):
     return np.flatnonzero(~is_heldout_N), np.flatnonzero(is_heldout_N)
 
 
-def _pack(documents, is_packed, tokenizer, seq_len, noise_frac, seed, key):
+def _pack(documents, is_packed, is_chat, tokenizer, seq_len, noise_frac, seed, key):
     """Rows of the documents, built once, kept under `key` and memory-mapped.
 
     Texts stand one after the other, each ended by EOS, the last row padded; a record has a row of
@@ -1154,8 +1159,7 @@ def _pack(documents, is_packed, tokenizer, seq_len, noise_frac, seed, key):
     a token on their border is a target.
     """
     columns = dict(input_ids="int32", document="int32", is_target="bool", is_noise="bool")
-    eos, is_chat = tokenizer.eos_token_id, documents[0]["is_chat"] if len(documents) else False
-    prefix = [] if is_chat else special_prefix(tokenizer)
+    eos, prefix = tokenizer.eos_token_id, [] if is_chat else special_prefix(tokenizer)
     padding_41 = np.array([[tokenizer.pad_token_id or 0], [-1], [0], [0]], np.int32)
     rest_4N = np.zeros((4, 0), np.int32)  # tokens that fill no row yet
     num_straddling = 0

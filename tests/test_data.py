@@ -266,6 +266,23 @@ def test_the_cache_is_read_again_and_never_for_other_rows(tmp_path, cache):
     assert load(file).train.cache_files != rows[0].cache_files
 
 
+def test_after_an_edit_of_the_code_that_makes_them_documents_and_rows_are_made_anew(
+    tmp_path, monkeypatch
+):
+    file = write(tmp_path / "a.jsonl", ["a", "b"])
+    assert sorted(texts_of(load(file).train) + texts_of(load(file).heldout)) == ["a", "b"]
+
+    def _pieces(document, noise_frac, key):
+        return [(document["completion"] * 2, False)]
+
+    monkeypatch.setattr(common, "_pieces", _pieces)
+    assert sorted(texts_of(load(file).train) + texts_of(load(file).heldout)) == ["aa", "bb"]
+    (tmp_path / "common.py").write_text("edited")
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    monkeypatch.setattr(common, "_document", lambda row, *rest: {"completion": row["text"] + "c"})
+    assert sorted(texts_of(load(file).train) + texts_of(load(file).heldout)) == ["acac", "bcbc"]
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.b.jsonl.gz", "folder"])
 def test_documents_of_a_file_or_a_folder(tmp_path, name):
     texts, file = [text.replace("\r\n", "\n") for text in some_texts(40)], tmp_path / name
@@ -434,6 +451,25 @@ def test_messages_go_through_the_chat_template(tmp_path, capsys):
     expected += [asked.format("x") + start + "é<eos>\n" + asked.format("y") + start]
     assert sorted(prompts) == sorted(expected)
     assert "7 document(s), 2 empty ones left out" in capsys.readouterr().out
+
+
+def test_the_text_of_a_conversation_is_encoded_as_text_where_it_is_no_message(tmp_path):
+    """The same prompt and completion, first as texts and then as messages: other rows."""
+    tokenizer = fast_tokenizer("<bos> $A")
+    tokenizer.chat_template = CHAT
+    turns = [[message("user", f"{n}?")] for n in range(3)]
+    chats = [dict(prompt=turn, completion=[message("assistant", "é")]) for turn in turns]
+    start = "<bos>user:{}?<eos>\n<bos>assistant:"
+    texts = [dict(prompt=start.format(n), completion="é") for n in range(3)]
+    counts = []
+    for records in (texts, chats):
+        ids = load(write(tmp_path / "a.jsonl", records), tokenizer, seq_len=99).train[0][
+            "input_ids"
+        ]
+        counts.append([int((ids == special).sum()) for special in (2, 1)])
+    assert counts == [[1, 1], [2, 2]]  # <bos> and <eos>: of the document; of two turns
+    mixed = write(tmp_path / "b.jsonl", [*texts, *chats])
+    refused(lambda: load(mixed, tokenizer), "b.jsonl: holds messages and plain texts")
 
 
 def test_columns_of_alpaca(tmp_path):
