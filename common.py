@@ -1243,7 +1243,7 @@ def encode_spans(tokenizer, texts, is_chat=False):
         kind = type(tokenizer).__name__
         raise UsageError(f"--model: its tokenizer, {kind}, gives no offsets; a fast one is needed")
     options = dict(add_special_tokens=False, return_offsets_mapping=True)
-    encoded = tokenizer(list(texts), split_special_tokens=not is_chat, **options)
+    encoded = tokenizer(list(texts), split_special_tokens=not is_chat, verbose=False, **options)
     pairs = zip(encoded["input_ids"], encoded["offset_mapping"])
     return [(np.array(i, np.int32), np.array(s, np.int64).reshape(-1, 2).T) for i, s in pairs]
 

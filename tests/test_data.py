@@ -453,10 +453,10 @@ def test_messages_go_through_the_chat_template(tmp_path, capsys):
     assert "7 document(s), 2 empty ones left out" in capsys.readouterr().out
 
 
-def test_the_text_of_a_conversation_is_encoded_as_text_where_it_is_no_message(tmp_path):
+def test_the_text_of_a_conversation_is_encoded_as_text_where_it_is_no_message(tmp_path, capfd):
     """The same prompt and completion, first as texts and then as messages: other rows."""
     tokenizer = fast_tokenizer("<bos> $A")
-    tokenizer.chat_template = CHAT
+    tokenizer.chat_template, tokenizer.model_max_length = CHAT, 2  # no warning: rows are cut later
     turns = [[message("user", f"{n}?")] for n in range(3)]
     chats = [dict(prompt=turn, completion=[message("assistant", "é")]) for turn in turns]
     start = "<bos>user:{}?<eos>\n<bos>assistant:"
@@ -470,6 +470,7 @@ def test_the_text_of_a_conversation_is_encoded_as_text_where_it_is_no_message(tm
     assert counts == [[1, 1], [2, 2]]  # <bos> and <eos>: of the document; of two turns
     mixed = write(tmp_path / "b.jsonl", [*texts, *chats])
     refused(lambda: load(mixed, tokenizer), "b.jsonl: holds messages and plain texts")
+    assert "longer than" not in capfd.readouterr().err
 
 
 def test_columns_of_alpaca(tmp_path):
