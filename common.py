@@ -110,7 +110,7 @@ def run_script(main, args_class, doc):
     """
     is_first = os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ
     for name, number in (("stdout", 1), ("stderr", 2)):
-        if (stream := getattr(sys, name)) is not None:
+        if (stream := getattr(sys, f"__{name}__")) is not None:
             raw = io.BufferedWriter(Output(number, "w", closefd=False))
             options = dict(errors="backslashreplace", line_buffering=True)
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, **options))
@@ -118,8 +118,11 @@ def run_script(main, args_class, doc):
     try:
         args = tyro.cli(args_class, description=doc, console_outputs=is_first)
         for name, value in vars(args).items():
-            if isinstance(value, str):
-                setattr(args, name, re.sub(r"(?<=[^:/])/+$", "", os.path.expanduser(value)))
+            values = [
+                re.sub(r"(?<=[^:/])/+$", "", os.path.expanduser(one)) if type(one) is str else one
+                for one in (value if isinstance(value, list) else [value])
+            ]
+            setattr(args, name, values if isinstance(value, list) else values[0])
         main(args)
     except UsageError as error:
         if is_first:
