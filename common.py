@@ -802,6 +802,7 @@ def load_data(name, tokenizer, seq_len, seed, noise_frac, ranks, score=None):
     folder = Path(datasets.config.HF_DATASETS_CACHE, "wmtp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written ({error.strerror}); set HF_HOME") from None
     options = (name, tokenizer, seq_len, seed, noise_frac, ranks, score)
