@@ -18,6 +18,7 @@ import functools
 import glob
 import hashlib
 import importlib.metadata
+import inspect
 import io
 import itertools
 import json
@@ -77,6 +78,21 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+@contextlib.contextmanager
+def errors_as(start):
+    """Turn what libraries raise, which has no common class, into one line that begins so."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        if isinstance(error, datasets.exceptions.DatasetGenerationError):
+            error = error.__cause__
+        if isinstance(error, UsageError):
+            raise error from None
+        raise UsageError(f"{start} ({type(error).__name__}: {first_line(error)})") from error
+
+
 # ------------------------------------------------------------------------------- ranks and FSDP2
 class Output(io.FileIO):
     """Standard output or error; where nobody reads any more (`| head`), what is written is lost."""
@@ -95,7 +111,7 @@ def run_script(main, args_class, doc):
     """
     is_first = os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ
     for name, number in (("stdout", 1), ("stderr", 2)):
-        if (stream := getattr(sys, name)) is not None:
+        if (stream := getattr(sys, f"__{name}__")) is not None:
             raw = io.BufferedWriter(Output(number, "w", closefd=False))
             options = dict(errors="backslashreplace", line_buffering=True)
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, **options))
@@ -103,8 +119,11 @@ def run_script(main, args_class, doc):
     try:
         args = tyro.cli(args_class, description=doc, console_outputs=is_first)
         for name, value in vars(args).items():
-            if isinstance(value, str):
-                setattr(args, name, re.sub(r"(?<=[^:/])/+$", "", os.path.expanduser(value)))
+            values = [
+                re.sub(r"(?<=[^:/])/+$", "", os.path.expanduser(one)) if type(one) is str else one
+                for one in (value if isinstance(value, list) else [value])
+            ]
+            setattr(args, name, values if isinstance(value, list) else values[0])
         main(args)
     except UsageError as error:
         if is_first:
@@ -193,20 +212,13 @@ class Ranks:
         return values[0]
 
     @contextlib.contextmanager
-    def rank_0_first(self, failure=""):
-        """True on rank 0, which works alone inside; its `UsageError` is raised on all ranks.
-
-        Where `failure` is given, any other error is raised as a `UsageError` that begins so.
-        """
+    def rank_0_first(self):
+        """True on rank 0, which works alone inside; its `UsageError` is raised on all ranks."""
         message = None
         try:
             yield self.rank == 0
         except UsageError as error:
             message = str(error)
-        except Exception as error:
-            if not failure:
-                raise
-            message = f"{failure} ({type(error).__name__}: {first_line(error)})"
         message = self.broadcast(message)
         if message is not None:
             raise UsageError(message)
@@ -617,16 +629,9 @@ def model_dir(name):
     return str(Path(name, "model")) if Path(name, "model", "config.json").exists() else str(name)
 
 
-@contextlib.contextmanager
 def model_errors(name):
     """Turn what transformers raises into one line that names `--model`."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:  # broken files raise errors without a common class
-        reason = f"not tiny, nor a model that can be used ({first_line(error)})"
-        raise UsageError(f"--model {name}: {reason}") from error
+    return errors_as(f"--model {name}: not tiny, nor a model that can be used")
 
 
 def load_tokenizer(folder=None, model=None):
@@ -842,6 +847,7 @@ def load_data(args, tokenizer, ranks, score=None):
     folder = Path(datasets.config.HF_DATASETS_CACHE, "wmtp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written ({error.strerror}); set HF_HOME") from None
     with ranks.rank_0_first() as is_first:  # rank 0 fills the cache, the others then read it
@@ -864,7 +870,8 @@ def _load_data(args, tokenizer, ranks, score):
     siblings = [d["sibling"] or d["prompt"] for d in documents]
     sibling_N = np.unique(siblings, return_inverse=True)[1]
     tokenizer_key = _tokenizer_fingerprint(tokenizer)
-    is_packed = not has_outcomes and not any(documents["prompt"])
+    is_packed, is_chat = not has_outcomes and not any(documents["prompt"]), documents[0]["is_chat"]
+    rules = [inspect.getsource(rule) for rule in (_pack, encode_spans, _pieces)]
 
     parts, fingerprints = {}, []
     for part, number_N, noise in (
@@ -873,9 +880,9 @@ def _load_data(args, tokenizer, ranks, score):
     ):
         chosen = documents.select(number_N)
         fingerprints.append(digest([_texts(document) for document in chosen]))
-        made_of = [fingerprints[-1], is_packed, tokenizer_key, seq_len, noise]
-        key = digest(["rows 2", *made_of, seed if noise else 0])
-        rows = _pack(chosen, is_packed, tokenizer, seq_len, noise, seed, key)
+        made_of = [fingerprints[-1], is_packed, is_chat, tokenizer_key, seq_len, noise]
+        key = digest([rules, *made_of, seed if noise else 0])
+        rows = _pack(chosen, is_packed, is_chat, tokenizer, seq_len, noise, seed, key)
         if len(rows) == 0:
             reason = f"no record fits --seq-len {seq_len}" if len(number_N) else "no document"
             raise UsageError(f"--data {name}: nothing for the {part} part ({reason})")
@@ -939,42 +946,44 @@ def _read_documents(name, tokenizer, ranks):
     into 100 documents of one length, so that some can be held out.
     """
     path = Path(name).expanduser()
-    try:
+    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.exists()
+    is_hub_name = is_hub_name and _suffix(name) not in {*TABLES, *TEXTS}
+    with errors_as(f"--data {name}: cannot be read"):
         if name in ("stdlib", "stdlib-bugs"):
             texts = stdlib_texts()
-            kind, content = "source files of Python", [Path(__file__).read_text(), texts]
-            source = stdlib_bugs(texts) if name == "stdlib-bugs" else ({"text": t} for t in texts)
-            rows = enumerate(source, start=1)
-        elif name == "mbpp" or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.exists()):
+            kind, content = "source files of Python", texts
+            rows = stdlib_bugs(texts) if name == "stdlib-bugs" else ({"text": t} for t in texts)
+            sources = [(name, rows)]
+        elif name == "mbpp" or is_hub_name:
             where = dict(path=name, split="train")
             if name == "mbpp":
                 where = dict(path="google-research-datasets/mbpp", name="full", split="all")
             loaded = datasets.load_dataset(**where)
-            kind, content, rows = "data set", loaded._fingerprint, enumerate(loaded, start=1)
+            kind, content, sources = "data set", loaded._fingerprint, [(name, loaded)]
         else:
             files = _files(name, path, ranks)
             kind = " and ".join(sorted({_suffix(file)[1:] for file in files}))
             content = [[_suffix(file), _content_hash(file)] for file in files]
-            rows = (row for file in files for row in enumerate(_file_rows(file), start=1))
+            sources = ((file, _file_rows(file)) for file in files)
 
         def documents():
-            for number, row in rows:
-                for turn in _turns(row):
-                    yield DOCUMENT | _document(turn, f"--data {name}: row {number}", tokenizer)
+            for file, rows in sources:
+                with errors_as(f"--data {file}: cannot be read"):
+                    number = 0
+                    for number, row in enumerate(rows, start=1):
+                        place = f"--data {file}: row {number}"
+                        with errors_as(f"{place}: cannot be read"):
+                            made = [_document(turn, place, tokenizer) for turn in _turns(row)]
+                        yield from (DOCUMENT | document for document in made)
+                    if number == 0:
+                        raise ValueError("it holds no rows")
 
         types = {str: "large_string", float: "float64", int: "int64", bool: "bool"}
         features = {c: datasets.Value(types[type(value)]) for c, value in DOCUMENT.items()}
-        key = digest(["documents 1", name, sys.version, content, tokenizer.chat_template])
+        rules = [Path(__file__).read_text(), sys.version, tokenizer.chat_template]
+        key = digest([name, content, rules])
         options = dict(features=datasets.Features(features), fingerprint=key)
         loaded = datasets.Dataset.from_generator(documents, **options)
-    except UsageError:
-        raise
-    except Exception as error:  # what readers and stores raise has no common class
-        cause = error.__cause__ or error
-        if isinstance(cause, UsageError):
-            raise cause from None
-        reason = f"cannot be read ({type(cause).__name__}: {first_line(cause)})"
-        raise UsageError(f"--data {name}: {reason}") from error
 
     kept_N = np.flatnonzero([len(text) > 0 for text in loaded["completion"]])
     if len(kept_N) == 0:
@@ -983,6 +992,8 @@ def _read_documents(name, tokenizer, ranks):
     start = repr("".join(_texts(first))[:60])  # no control characters for the terminal
     empty = f", {num_empty:,} empty ones left out" if num_empty else ""
     ranks.print(f"data      read as {kind}: {len(kept_N):,} document(s){empty}; the first: {start}")
+    if len(set(loaded.select(kept_N)["is_chat"])) > 1:
+        raise UsageError(f"--data {name}: holds messages and plain texts; name one kind alone")
     if len(kept_N) > 1 or first["prompt"]:
         return loaded.select(kept_N)
     text, cuts = first["completion"], np.linspace(0, len(first["completion"]), 101).astype(int)
@@ -1004,23 +1015,26 @@ def _with_heldout(documents, heldout_name, tokenizer, ranks):
 
 def _suffix(file):
     """`.jsonl` of `A.JSONL.gz?x`: the last suffix that is no compression, in lower case."""
-    suffixes = Path(str(file).partition("?")[0].lower()).suffixes
-    compressed = {".gz", ".bz2", ".xz", ".zst"}
+    path = file.partition("?")[0] if "://" in file else file
+    suffixes, compressed = Path(path.lower()).suffixes, {".gz", ".bz2", ".xz"}
     return ([""] + [suffix for suffix in suffixes if suffix not in compressed])[-1]
 
 
 def _files(name, path, ranks):
     """The files that `--data` names, in order; of a folder all texts in it."""
-    files = sorted(map(Path, glob.glob(str(path))))
-    if "://" in name:
-        files = [name]
-    elif path.is_dir():
-        inside = sorted(file for file in path.rglob("*") if file.is_file())
+    problem = f"no such file, hub name or preset ({', '.join(PRESETS)})"
+    if "://" in name or path.is_file():
+        files = [name if "://" in name else str(path)]
+    elif name and path.is_dir():
+        inside = sorted(str(file) for file in path.rglob("*") if file.is_file())
         files = [file for file in inside if _suffix(file) in TEXTS]
         if len(files) < len(inside):
             ranks.print(f"data      {len(inside) - len(files)} files of {path} left out: no texts")
+        problem = f"no texts in this folder; tables are named by a glob such as {name}/*.jsonl"
+    else:
+        files = sorted(filter(os.path.isfile, glob.glob(str(path), recursive=True)))
     if not files:
-        raise UsageError(f"--data {name}: no such file, hub name or preset ({', '.join(PRESETS)})")
+        raise UsageError(f"--data {name}: {problem}")
     for file in files:
         if _suffix(file) not in {*TABLES, *TEXTS}:
             known = f"{' '.join(TABLES)}, or a text such as .txt"
@@ -1028,47 +1042,53 @@ def _files(name, path, ranks):
     return files
 
 
+def file_system(name):
+    """The file system of a path or a URL, and the path in it; `::` chains URLs, never paths."""
+    return url_to_fs(name) if "://" in name else (LocalFileSystem(), os.path.abspath(name))
+
+
 def _content_hash(file):
     """SHA-256 of a local file; of a remote one what its store says of it (ETag, size, time)."""
-    if "://" in str(file):
-        store, path = url_to_fs(file)
+    store, path = file_system(file)
+    if not isinstance(store, LocalFileSystem):
         return store.ukey(path)
-    with open(file, "rb") as stream:
+    with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _file_rows(file):
-    """The rows of a file, each with its columns. A text is one row; a cell of CSV is text."""
-    suffix, rows = _suffix(file), []
+    """Yield the rows of a file, each with its columns. A text is one row; a cell of CSV is text."""
+    suffix, (store, path) = _suffix(file), file_system(file)
     if suffix == ".parquet":
-        with fsspec.open(str(file), "rb") as stream:
-            return pyarrow.parquet.read_table(stream).to_pylist()
+        with store.open(path, "rb") as stream:
+            yield from pyarrow.parquet.read_table(stream).to_pylist()
+        return
     options = dict(encoding="utf-8-sig", newline="", compression="infer")
-    with fsspec.open(str(file), "rt", **options) as stream:
+    with store.open(path, "rt", **options) as stream:
         if suffix in (".csv", ".tsv"):
             csv.field_size_limit(2**31 - 1)
             delimiter = "," if suffix == ".csv" else "\t"
-            return list(csv.DictReader(stream, delimiter=delimiter, strict=True))
-        content = stream.read()
-    if suffix not in TABLES:
-        return [{"text": content}]
-    if content.startswith("["):
-        return json.loads(content)
-    for number, line in enumerate(content.split("\n"), start=1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            raise UsageError(f"--data {file}: line {number} is not JSON ({error})") from None
-    return rows
+            yield from csv.DictReader(stream, delimiter=delimiter, strict=True)
+        elif suffix in TABLES:  # a list, or JSON values one after the other, on any lines
+            text, end, decoder = stream.read().strip(), 0, json.JSONDecoder()
+            while end < len(text):
+                value, end = decoder.raw_decode(text, end)
+                yield from value if isinstance(value, list) else [value]
+                end = re.compile(r"\s*").match(text, end).end()
+        else:
+            yield {"text": stream.read()}
 
 
 def _turns(row):
-    """A row as it is; one of `messages` as a row for each of the assistant's turns."""
+    """A row as it is; one of `messages` as a row for each answer (none: an empty text)."""
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list):
         return [row]
-    numbers = [n for n, message in enumerate(messages) if message.get("role") == "assistant"]
-    return [{**row, "prompt": messages[:n], "completion": [messages[n]]} for n in numbers]
+    if not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
+        raise ValueError("a message without role or content")
+    numbers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [{**row, "prompt": messages[:n], "completion": [messages[n]]} for n in numbers]
+    return turns or [{"text": ""}]
 
 
 def _document(row, place, tokenizer):
@@ -1095,6 +1115,7 @@ def _document(row, place, tokenizer):
             raise UsageError(f"{place}: the column {column} {held}")
     *prompt, document["completion"] = [value or "" for value in values]
     document["prompt"] = "".join(prompt)
+    "".join(_texts(document)).encode()  # fails at half of a surrogate pair
     for column in ("group", "sibling", "fault_start", "fault_end"):
         if row.get(column) is not None:
             document[column] = type(DOCUMENT[column])(row[column])
@@ -1195,7 +1216,7 @@ def _split(documents, has_outcomes, seed, name):
     return np.flatnonzero(~is_heldout_N), np.flatnonzero(is_heldout_N)
 
 
-def _pack(documents, is_packed, tokenizer, seq_len, noise_frac, seed, key):
+def _pack(documents, is_packed, is_chat, tokenizer, seq_len, noise_frac, seed, key):
     """Rows of the documents, built once, kept under `key` and memory-mapped.
 
     Texts stand one after the other, each ended by EOS, the last row padded; a record has a row of
@@ -1203,8 +1224,7 @@ def _pack(documents, is_packed, tokenizer, seq_len, noise_frac, seed, key):
     a token on their border is a target.
     """
     columns = dict(input_ids="int32", document="int32", is_target="bool", is_noise="bool")
-    eos, is_chat = tokenizer.eos_token_id, documents[0]["is_chat"] if len(documents) else False
-    prefix = [] if is_chat else special_prefix(tokenizer)
+    eos, prefix = tokenizer.eos_token_id, [] if is_chat else special_prefix(tokenizer)
     padding_41 = np.array([[tokenizer.pad_token_id or 0], [-1], [0], [0]], np.int32)
     rest_4N = np.zeros((4, 0), np.int32)  # tokens that fill no row yet
     num_straddling = 0
@@ -1288,7 +1308,7 @@ def encode_spans(tokenizer, texts, is_chat=False):
         kind = type(tokenizer).__name__
         raise UsageError(f"--model: its tokenizer, {kind}, gives no offsets; a fast one is needed")
     options = dict(add_special_tokens=False, return_offsets_mapping=True)
-    encoded = tokenizer(list(texts), split_special_tokens=not is_chat, **options)
+    encoded = tokenizer(list(texts), split_special_tokens=not is_chat, verbose=False, **options)
     pairs = zip(encoded["input_ids"], encoded["offset_mapping"])
     return [(np.array(i, np.int32), np.array(s, np.int64).reshape(-1, 2).T) for i, s in pairs]
 
@@ -1518,7 +1538,7 @@ class Run:
         self.folder = Path(args.run_dir or f"runs/{Path(script).stem}-s{args.seed}-{digest}")
         self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
         flag = f"--run-dir {self.folder}"
-        with ranks.rank_0_first(f"{flag}: cannot be read or written") as is_first:
+        with ranks.rank_0_first() as is_first, errors_as(f"{flag}: cannot be read or written"):
             if is_first:
                 self._open(flag)
         self.finished = ranks.broadcast(self.finished)
@@ -1968,10 +1988,7 @@ class Checkpoints:
         # so botocore need not do so inside. The environment variable FSSPEC_S3 replaces this.
         fsspec.config.conf.setdefault("s3", {"config_kwargs": {"retries": {"max_attempts": 1}}})
         try:
-            if "://" in self.folder:
-                self.fs, self.root = url_to_fs(self.folder)
-            else:  # a path, whatever its name: fsspec chains file systems at ::
-                self.fs, self.root = LocalFileSystem(), os.path.abspath(self.folder)
+            self.fs, self.root = file_system(self.folder)
         except (ValueError, ImportError) as error:
             raise UsageError(f"{self.flag}: {first_line(error)}") from None
         self.is_local = isinstance(self.fs, LocalFileSystem)
@@ -2036,7 +2053,8 @@ class Checkpoints:
                 or none that is good.
         """
         last_good = None
-        with self.ranks.rank_0_first(f"{self.flag}: cannot be read or written") as is_first:
+        failure = f"{self.flag}: cannot be read or written"
+        with self.ranks.rank_0_first() as is_first, errors_as(failure):
             if is_first:
                 last_good = self._last_good()
         name, meta, metrics = self.ranks.broadcast(last_good)

@@ -266,6 +266,23 @@ def test_the_cache_is_read_again_and_never_for_other_rows(tmp_path, cache):
     assert load(file).train.cache_files != rows[0].cache_files
 
 
+def test_after_an_edit_of_the_code_that_makes_them_documents_and_rows_are_made_anew(
+    tmp_path, monkeypatch
+):
+    file = write(tmp_path / "a.jsonl", ["a", "b"])
+    assert sorted(texts_of(load(file).train) + texts_of(load(file).heldout)) == ["a", "b"]
+
+    def _pieces(document, noise_frac, key):
+        return [(document["completion"] * 2, False)]
+
+    monkeypatch.setattr(common, "_pieces", _pieces)
+    assert sorted(texts_of(load(file).train) + texts_of(load(file).heldout)) == ["aa", "bb"]
+    (tmp_path / "common.py").write_text("edited")
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    monkeypatch.setattr(common, "_document", lambda row, *rest: {"completion": row["text"] + "c"})
+    assert sorted(texts_of(load(file).train) + texts_of(load(file).heldout)) == ["acac", "bcbc"]
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.b.jsonl.gz", "folder"])
 def test_documents_of_a_file_or_a_folder(tmp_path, name):
     texts, file = [text.replace("\r\n", "\n") for text in some_texts(40)], tmp_path / name
@@ -277,6 +294,19 @@ def test_documents_of_a_file_or_a_folder(tmp_path, name):
     else:
         (table.to_parquet if name == "a.parquet" else table.to_json)(file)
     loaded = load(file)
+    assert Counter(texts_of(loaded.train) + texts_of(loaded.heldout)) == Counter(texts)
+
+
+@pytest.mark.parametrize("name", ["a::b.jsonl", "[1]?x.jsonl", "deep/**/*.jsonl"])
+def test_a_path_is_a_path_whatever_its_name_and_a_glob_goes_into_folders(tmp_path, name):
+    files = [tmp_path / name]
+    if "**" in name:
+        files = [tmp_path / "deep" / inside for inside in ("1.jsonl", "a/2.jsonl", "a/b/3.jsonl")]
+    texts = some_texts(9)
+    for n, file in enumerate(files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file, texts[n :: len(files)])
+    loaded = load(tmp_path / name)
     assert Counter(texts_of(loaded.train) + texts_of(loaded.heldout)) == Counter(texts)
 
 
@@ -308,12 +338,19 @@ def test_every_cell_of_a_table_is_text_and_empty_ones_are_counted(tmp_path, caps
     assert "11 document(s), 2 empty ones left out" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.json", "list.json", "a.jsonl.xz"])
+JSON_FILES = ["a.JSONL", "a.ndjson", "a.json", "list.json", "objects.json", "a.jsonl.xz"]
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
 def test_the_format_is_told_by_the_suffix_in_any_case(tmp_path, capsys, name):
     texts = some_texts(9) + ["\x1b[31mred"]
     rows = [{"text": text} for text in texts]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    content = (json.dumps(rows, indent=1) if name == "list.json" else lines).encode()
+    lines = {  # as other programs write them: on several lines, after a blank one
+        "list.json": "\n" + json.dumps(rows, indent=1),
+        "objects.json": "\n".join(json.dumps(row, indent=1) for row in rows),
+    }.get(name, lines)
+    content = lines.encode()
     (tmp_path / name).write_bytes(lzma.compress(content) if ".xz" in name else content)
     loaded = load(tmp_path / name)
     assert Counter(texts_of(loaded.train) + texts_of(loaded.heldout)) == Counter(texts)
@@ -393,13 +430,14 @@ def message(role, content):
     return dict(role=role, content=content)
 
 
-def test_messages_go_through_the_chat_template(tmp_path):
+def test_messages_go_through_the_chat_template(tmp_path, capsys):
     """Prompt and completion as messages, and whole conversations: each answer is a completion."""
     tokenizer = fast_tokenizer("<bos> $A")
     turns = [[message("user", f"{n}?")] for n in range(5)]
     answer = [message("assistant", "é")]
     records = [dict(prompt=turn, completion=answer) for turn in turns]
     records += [dict(messages=[message("user", "x"), *answer, message("user", "y"), *answer])]
+    records += [dict(messages=[message("user", "without an answer")]), dict(messages=[])]
     file = write(tmp_path / "a.jsonl", records)
     refused(lambda: load(file, tokenizer), "row 1: holds messages", "--model has no chat template")
     tokenizer.chat_template = CHAT
@@ -412,6 +450,35 @@ def test_messages_go_through_the_chat_template(tmp_path):
     expected = [asked.format(f"{n}?") + start for n in range(5)] + [asked.format("x") + start]
     expected += [asked.format("x") + start + "é<eos>\n" + asked.format("y") + start]
     assert sorted(prompts) == sorted(expected)
+    assert "7 document(s), 2 empty ones left out" in capsys.readouterr().out
+
+
+def test_the_text_of_a_conversation_is_encoded_as_text_where_it_is_no_message(tmp_path):
+    """The same prompt and completion, first as texts and then as messages: other rows."""
+    tokenizer = fast_tokenizer("<bos> $A")
+    tokenizer.chat_template = CHAT
+    turns = [[message("user", f"{n}?")] for n in range(3)]
+    chats = [dict(prompt=turn, completion=[message("assistant", "é")]) for turn in turns]
+    start = "<bos>user:{}?<eos>\n<bos>assistant:"
+    texts = [dict(prompt=start.format(n), completion="é") for n in range(3)]
+    counts = []
+    for records in (texts, chats):
+        ids = load(write(tmp_path / "a.jsonl", records), tokenizer, seq_len=99).train[0][
+            "input_ids"
+        ]
+        counts.append([int((ids == special).sum()) for special in (2, 1)])
+    assert counts == [[1, 1], [2, 2]]  # <bos> and <eos>: of the document; of two turns
+    mixed = write(tmp_path / "b.jsonl", [*texts, *chats])
+    refused(lambda: load(mixed, tokenizer), "b.jsonl: holds messages and plain texts")
+
+
+def test_no_warning_of_documents_that_are_longer_than_the_model_reads(caplog):
+    tokenizer = fast_tokenizer("<bos> $A")
+    tokenizer.model_max_length = 4
+    transformers.utils.logging.enable_propagation()
+    common.encode(tokenizer, some_texts(2))
+    transformers.utils.logging.disable_propagation()
+    assert caplog.messages == []
 
 
 def test_columns_of_alpaca(tmp_path):
@@ -515,12 +582,17 @@ def test_only_correct_records_are_imitated_unless_all_are(tmp_path):
 
 RECORD = {"prompt": "a", "completion": "b"}
 UNUSABLE = {  # what the message says: name and content of the file
-    "a.jsonl: line 2 is not JSON": '{"text": "a"}\n{"text": \n',
+    "cannot be read (JSONDecodeError: Expecting value: line 3": '{"text": ""}\n\n{"text":\n',
     "cannot be read (UnicodeDecodeError": b'{"text": "\xff"}',
+    "row 2: cannot be read (UnicodeEncodeError": '{"text": "a"}\n{"text": "\\ud83d"}\n',
+    "row 1: cannot be read (ValueError: a message without role": [{"messages": [{"from": "me"}]}],
+    "row 1: cannot be read (TypeError": [{"instruction": 3, "output": "b"}],
+    "row 1: cannot be read (ValueError: invalid literal": [RECORD | {"fault_start": "x"}],
     "row 1: columns body, title; needs text": [{"body": "x", "title": "y"}],
     "row 2: the column text holds int 42, not text": [{"text": "a"}, {"text": 42}],
     "row 1: the column completion holds list ['b'], not": [RECORD | {"completion": ["b"]}],
-    "row 2: columns list;": '{"text": "a"}\n["b"]\n',
+    "row 2: columns str;": '{"text": "a"}\n["b"]\n',
+    "cannot be read (ValueError: it holds no rows": "\n",
     "all of its 2 documents are empty": [{"text": ""}, {"text": None}],
     "part (no record fits --seq-len 300)": [RECORD | {"prompt": p * 300} for p in "abc"],
     "row 1: the reward 1.5 is no number from 0 to 1": [RECORD | {"reward": 1.5}],
@@ -540,11 +612,29 @@ def test_files_that_cannot_be_used(tmp_path, message):
     refused(lambda: load(file, seq_len=300), f"--data {file}", message)
 
 
+def test_of_several_files_the_bad_one_is_named(tmp_path):
+    (tmp_path / "1.csv").write_text("text\na\nb\nc\n")
+    (tmp_path / "2.csv").write_text('text\na\n"b\nc\n')  # a quote that does not end
+    refused(lambda: load(tmp_path / "*.csv"), f"--data {tmp_path / '2.csv'}: cannot be read")
+
+
 def test_flags_that_cannot_be_used(tmp_path, monkeypatch):
     refused(lambda: load("stdlib", seq_len=1), "--seq-len 1:")
     refused(lambda: load("stdlib", noise_frac=math.nan), "--noise-frac nan: from 0 to 1")
     refused(lambda: load("nonesuch"), "--data nonesuch: no such file")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some text")
+    refused(lambda: load(""), "--data : no such file")  # an empty name is not this folder
+    (tmp_path / "tables").mkdir()
+    write(tmp_path / "tables" / "a.jsonl", ["x", "y"])
+    refused(lambda: load("tables"), "--data tables: no texts in this folder", "tables/*.jsonl")
+    refused(lambda: load("tables/b.jsonl"), "--data tables/b.jsonl: no such file")
+    (tmp_path / "a.jsonl.zst").write_text("x")
+    refused(lambda: load("a.jsonl.zst"), "a.jsonl.zst: unknown kind of file")
     (tmp_path / "a.xlsx").write_text("x")
     refused(lambda: load(tmp_path / "a.xlsx"), "a.xlsx: unknown kind of file; .jsonl .ndjson")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "a.xlsx")  # a file
     refused(lambda: load("stdlib"), "a.xlsx/wmtp: cannot be written", "set HF_HOME")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "tables")
+    (tmp_path / "tables" / "wmtp").symlink_to("/proc")  # a folder that even root cannot write
+    refused(lambda: load("stdlib"), "tables/wmtp: cannot be written", "set HF_HOME")

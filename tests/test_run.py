@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import torch.distributed as dist
 import baseline_mtp
 import common
 import critic_wmtp
+import evaluate
 import rho1_wmtp
 from conftest import metrics_of, refused, run_main, same_tensors, short_args, weights_of
 
@@ -248,6 +250,18 @@ def test_a_closed_stdout_and_an_old_encoding_do_not_end_a_run(runs, tmp_path):
     assert process.wait() == 0
     assert list((tmp_path / "é a::b/model").glob("*.safetensors"))
     assert list((tmp_path / "é a::b/checkpoints").glob("step_000002/meta.json"))
+    started_by_a_daemon = ["sh", "-c", f"{shlex.join(command)} >&- 2>&-"]
+    assert subprocess.run(started_by_a_daemon, env=env).returncode == 0
+
+
+def test_tilde_is_a_home_and_a_folder_needs_no_slash_in_lists_too(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["--compare", "~/a/", "b//", "--data", "s3://c/", "--run-dir", "/"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
+    seen = []
+    common.run_script(seen.append, evaluate.Args, "manual")
+    assert seen[0].compare == ["/home/me/a", "b"]
+    assert (seen[0].data, seen[0].run_dir) == ("s3://c", "/")
 
 
 def test_ctrl_c_before_the_first_update_is_one_line(material, capfd, monkeypatch):
