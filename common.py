@@ -923,10 +923,9 @@ def _read_documents(name, tokenizer, ranks):
                     place = f"--data {file}: row {number}"
                     with errors_as(f"{place}: cannot be read"):
                         row = next(rows, {"text": ""} if number == 1 else end)  # no rows: empty
-                        turns = [] if row is end else _turns(row)
-                        made = [DOCUMENT | _document(turn, place, tokenizer) for turn in turns]
-                    if row is end:
-                        break
+                        if row is end:
+                            break
+                        made = [DOCUMENT | _document(t, place, tokenizer) for t in _turns(row)]
                     yield from made
 
         types = {str: "large_string", float: "float64", int: "int64", bool: "bool"}
@@ -941,8 +940,10 @@ def _read_documents(name, tokenizer, ranks):
         raise UsageError(f"--data {name}: all of its {len(loaded)} documents are empty")
     first, num_empty = loaded[int(kept_N[0])], len(loaded) - len(kept_N)
     start = repr("".join(_texts(first))[:60])  # no control characters for the terminal
-    empty = f", {num_empty:,} empty ones left out" if num_empty else ""
-    ranks.print(f"data      read as {kind}: {len(kept_N):,} document(s){empty}; the first: {start}")
+    notes = f", {num_empty:,} empty ones left out" if num_empty else ""
+    if num_marked := sum(text.endswith(tokenizer.eos_token) for text in loaded["completion"]):
+        notes += f", {num_marked:,} end in {tokenizer.eos_token} as text, and EOS follows"
+    ranks.print(f"data      read as {kind}: {len(kept_N):,} document(s){notes}; the first: {start}")
     if len(set(loaded.select(kept_N)["is_chat"])) > 1:
         raise UsageError(f"--data {name}: holds messages and plain texts; name one kind alone")
     if len(kept_N) > 1 or first["prompt"]:
