@@ -83,8 +83,6 @@ def errors_as(start):
     """Turn what libraries raise, which has no common class, into one line that begins so."""
     try:
         yield
-    except UsageError:
-        raise
     except Exception as error:
         if isinstance(error, datasets.exceptions.DatasetGenerationError):
             error = error.__cause__
@@ -604,7 +602,7 @@ def build_model(name, num_heads, seq_len=None, recompute="none"):
         nn.init.normal_(model.causal_lm.model.embed_tokens.weight)
     elif is_fresh(name):  # a config.json
         folder = Path(name).parent
-        with model_errors(name):
+        with errors_as(f"--model {name}: not a model that can be used"):
             model = from_config(transformers.AutoConfig.from_pretrained(name), num_heads)
     else:
         folder, model = model_dir(name), load_mtp(name, num_heads)
@@ -629,11 +627,6 @@ def model_dir(name):
     return str(Path(name, "model")) if Path(name, "model", "config.json").exists() else str(name)
 
 
-def model_errors(name):
-    """Turn what transformers raises into one line that names `--model`."""
-    return errors_as(f"--model {name}: not tiny, nor a model that can be used")
-
-
 def load_tokenizer(folder=None, model=None):
     """The tokenizer in `folder`; bytes (`ByT5Tokenizer`: byte + 3, EOS 1) where it has none.
 
@@ -647,7 +640,7 @@ def load_tokenizer(folder=None, model=None):
     if folder is None or (is_local and not any(Path(folder, file).exists() for file in files)):
         tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
     else:
-        with model_errors(folder):
+        with errors_as(f"--model {folder}: not a model that can be used"):
             kind = get_tokenizer_config(folder).get("tokenizer_class", "")
             kind = getattr(transformers, kind, transformers.AutoTokenizer)
             if has_file(folder, "tokenizer.json"):
@@ -667,11 +660,12 @@ def load_tokenizer(folder=None, model=None):
 def check_read_back(name, tokenizer):
     """Refuse a tokenizer that is another one after it was saved and read back, as a run's is."""
     sample = Path(__file__).read_text()[:4000] + "caf\u00e9 \u65e5\u672c\t\r\n"
-    with model_errors(name), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         same = load_tokenizer(folder)
         if same(sample) != tokenizer(sample) or same.get_vocab() != tokenizer.get_vocab():
-            raise ValueError("its tokenizer gives other tokens after it was saved and read back")
+            other = "its tokenizer gives other tokens after it was saved and read back"
+            raise UsageError(f"--model {name}: {other}")
 
 
 def from_config(config, num_heads):
@@ -710,7 +704,7 @@ def load_mtp(name, num_heads=None):
         UsageError: no such model; another number of heads asked for than the files hold.
     """
     folder, tensors, states = model_dir(name), {}, {}
-    with model_errors(name):
+    with errors_as(f"--model {name}: not a model that can be used"):
         options = dict(dtype=torch.float32, output_loading_info=True)
         causal_lm, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
         if lacking := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
@@ -845,11 +839,9 @@ def load_data(args, tokenizer, ranks, score=None):
     """
     check_ranges(args, noise_frac=(0, 1), seq_len=(2, 1e9))
     folder = Path(datasets.config.HF_DATASETS_CACHE, "wmtp")
-    try:
+    with errors_as(f"{folder}: cannot be written; set HF_HOME"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot be written ({error.strerror}); set HF_HOME") from None
     with ranks.rank_0_first() as is_first:  # rank 0 fills the cache, the others then read it
         data = _load_data(args, tokenizer, ranks, score) if is_first else None
     return data or _load_data(args, tokenizer, ranks, score)
@@ -946,15 +938,13 @@ def _read_documents(name, tokenizer, ranks):
     into 100 documents of one length, so that some can be held out.
     """
     path = Path(name).expanduser()
-    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.exists()
-    is_hub_name = is_hub_name and _suffix(name) not in {*TABLES, *TEXTS}
+    is_file = path.exists() or _suffix(name) in {*TABLES, *TEXTS}
     with errors_as(f"--data {name}: cannot be read"):
         if name in ("stdlib", "stdlib-bugs"):
             texts = stdlib_texts()
-            kind, content = "source files of Python", texts
             rows = stdlib_bugs(texts) if name == "stdlib-bugs" else ({"text": t} for t in texts)
-            sources = [(name, rows)]
-        elif name == "mbpp" or is_hub_name:
+            kind, content, sources = "source files of Python", texts, [(name, rows)]
+        elif name == "mbpp" or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not is_file):
             where = dict(path=name, split="train")
             if name == "mbpp":
                 where = dict(path="google-research-datasets/mbpp", name="full", split="all")
@@ -979,19 +969,20 @@ def _read_documents(name, tokenizer, ranks):
                         raise ValueError("it holds no rows")
 
         types = {str: "large_string", float: "float64", int: "int64", bool: "bool"}
-        features = {c: datasets.Value(types[type(value)]) for c, value in DOCUMENT.items()}
+        schema = datasets.Features({c: datasets.Value(types[type(v)]) for c, v in DOCUMENT.items()})
         rules = [Path(__file__).read_text(), sys.version, tokenizer.chat_template]
         key = digest([name, content, rules])
-        options = dict(features=datasets.Features(features), fingerprint=key)
-        loaded = datasets.Dataset.from_generator(documents, **options)
+        loaded = datasets.Dataset.from_generator(documents, features=schema, fingerprint=key)
 
     kept_N = np.flatnonzero([len(text) > 0 for text in loaded["completion"]])
     if len(kept_N) == 0:
         raise UsageError(f"--data {name}: all of its {len(loaded)} documents are empty")
     first, num_empty = loaded[int(kept_N[0])], len(loaded) - len(kept_N)
     start = repr("".join(_texts(first))[:60])  # no control characters for the terminal
-    empty = f", {num_empty:,} empty ones left out" if num_empty else ""
-    ranks.print(f"data      read as {kind}: {len(kept_N):,} document(s){empty}; the first: {start}")
+    notes = f", {num_empty:,} empty ones left out" if num_empty else ""
+    if num_marked := sum(text.endswith(tokenizer.eos_token) for text in loaded["completion"]):
+        notes += f", {num_marked:,} end in {tokenizer.eos_token} as text, and EOS follows"
+    ranks.print(f"data      read as {kind}: {len(kept_N):,} document(s){notes}; the first: {start}")
     if len(set(loaded.select(kept_N)["is_chat"])) > 1:
         raise UsageError(f"--data {name}: holds messages and plain texts; name one kind alone")
     if len(kept_N) > 1 or first["prompt"]:
@@ -1022,7 +1013,6 @@ def _suffix(file):
 
 def _files(name, path, ranks):
     """The files that `--data` names, in order; of a folder all texts in it."""
-    problem = f"no such file, hub name or preset ({', '.join(PRESETS)})"
     if "://" in name or path.is_file():
         files = [name if "://" in name else str(path)]
     elif name and path.is_dir():
@@ -1030,11 +1020,11 @@ def _files(name, path, ranks):
         files = [file for file in inside if _suffix(file) in TEXTS]
         if len(files) < len(inside):
             ranks.print(f"data      {len(inside) - len(files)} files of {path} left out: no texts")
-        problem = f"no texts in this folder; tables are named by a glob such as {name}/*.jsonl"
     else:
         files = sorted(filter(os.path.isfile, glob.glob(str(path), recursive=True)))
     if not files:
-        raise UsageError(f"--data {name}: {problem}")
+        kinds = "no such file, no folder of texts (name its tables by folder/*.jsonl), no hub name"
+        raise UsageError(f"--data {name}: {kinds} and no preset ({', '.join(PRESETS)})")
     for file in files:
         if _suffix(file) not in {*TABLES, *TEXTS}:
             known = f"{' '.join(TABLES)}, or a text such as .txt"
@@ -1060,15 +1050,14 @@ def _file_rows(file):
     """Yield the rows of a file, each with its columns. A text is one row; a cell of CSV is text."""
     suffix, (store, path) = _suffix(file), file_system(file)
     if suffix == ".parquet":
-        with store.open(path, "rb") as stream:
-            yield from pyarrow.parquet.read_table(stream).to_pylist()
+        table = pyarrow.parquet.read_table(path, filesystem=store, partitioning=None)
+        yield from table.to_pylist()
         return
-    options = dict(encoding="utf-8-sig", newline="", compression="infer")
-    with store.open(path, "rt", **options) as stream:
+    with store.open(path, "rt", encoding="utf-8-sig", newline="", compression="infer") as stream:
         if suffix in (".csv", ".tsv"):
             csv.field_size_limit(2**31 - 1)
-            delimiter = "," if suffix == ".csv" else "\t"
-            yield from csv.DictReader(stream, delimiter=delimiter, strict=True)
+            dialect = "excel" if suffix == ".csv" else "excel-tab"
+            yield from csv.DictReader(stream, dialect=dialect, strict=True)
         elif suffix in TABLES:  # a list, or JSON values one after the other, on any lines
             text, end, decoder = stream.read().strip(), 0, json.JSONDecoder()
             while end < len(text):
@@ -1528,8 +1517,8 @@ class Run:
 
     def __init__(self, args, script, ranks):
         self.args, self.ranks, self.num_steps = args, ranks, args.max_steps
-        self.name, self.tracker, self.signals, self.stopping = "", None, [], False
-        self.finished = False
+        self.name, self.tracker, self.signals = "", None, []
+        self.stopping = self.finished = False
         self.files = [Path(script), Path(__file__)]
         fixed = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
         self.identity = {"script": Path(script).stem, **fixed}
@@ -1714,9 +1703,7 @@ class Run:
             file.write(json.dumps({**steps, **metrics}).encode() + b"\n")
         self.tracker.log(step, {**steps, **metrics})
         is_due = step % max(1, self.num_steps // 50) == 0 or step == self.num_steps
-        words = [
-            f"{label} {metrics[name]:,.4g}" for name, label in SHOWN.items() if name in metrics
-        ]
+        words = [f"{label} {metrics[key]:,.4g}" for key, label in SHOWN.items() if key in metrics]
         if words and (is_due or "eval/bits_per_byte" in metrics):
             heads = [f"{value:.3f}" for name, value in metrics.items() if "/loss_head_" in name]
             words += ["heads " + " ".join(heads)] * bool(heads)
@@ -1987,10 +1974,8 @@ class Checkpoints:
         # A store that stalls ends a save after 8 minutes, not 20: s3fs tries five times, 15 s each,
         # so botocore need not do so inside. The environment variable FSSPEC_S3 replaces this.
         fsspec.config.conf.setdefault("s3", {"config_kwargs": {"retries": {"max_attempts": 1}}})
-        try:
+        with errors_as(f"{self.flag}: no store that can be used"):
             self.fs, self.root = file_system(self.folder)
-        except (ValueError, ImportError) as error:
-            raise UsageError(f"{self.flag}: {first_line(error)}") from None
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
         self.options = dict(process_group=self.group, no_dist=self.group is None)

@@ -374,7 +374,7 @@ def test_changed_bytes_under_the_same_name_size_and_time_are_read(tmp_path):
 MARKED = ["a<eos>b", "<bos>c", "<bos>d<eos>", "e<pad>", "f", "g"]
 
 
-def test_markup_in_data_is_text_and_every_document_has_one_bos_and_one_eos(tmp_path):
+def test_markup_in_data_is_text_and_every_document_has_one_bos_and_one_eos(tmp_path, capsys):
     for records in (MARKED, [dict(prompt=t, completion=t) for t in MARKED]):
         loaded = load(write(tmp_path / "a.jsonl", records), FAST)
         documents = runs_of(loaded.train) + runs_of(loaded.heldout)
@@ -386,6 +386,7 @@ def test_markup_in_data_is_text_and_every_document_has_one_bos_and_one_eos(tmp_p
         assert sorted(texts) == sorted(text * times for text in MARKED)
         num_targets = sum(runs.sum() for runs in runs_of(loaded.heldout, "is_target"))
         assert loaded.heldout_tokens == num_targets  # no EOS counts twice
+        assert "6 document(s), 1 end in <eos> as text, and EOS follows" in capsys.readouterr().out
 
 
 def spaced_tokenizer():
@@ -627,7 +628,7 @@ def test_flags_that_cannot_be_used(tmp_path, monkeypatch):
     refused(lambda: load(""), "--data : no such file")  # an empty name is not this folder
     (tmp_path / "tables").mkdir()
     write(tmp_path / "tables" / "a.jsonl", ["x", "y"])
-    refused(lambda: load("tables"), "--data tables: no texts in this folder", "tables/*.jsonl")
+    refused(lambda: load("tables"), "--data tables: ", "no folder of texts", "/*.jsonl")
     refused(lambda: load("tables/b.jsonl"), "--data tables/b.jsonl: no such file")
     (tmp_path / "a.jsonl.zst").write_text("x")
     refused(lambda: load("a.jsonl.zst"), "a.jsonl.zst: unknown kind of file")
