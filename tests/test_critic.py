@@ -1,4 +1,4 @@
-"""critic_wmtp.py: outcomes, scores and weights against slow loops and an exact toy, runs, bad input.
+"""critic_wmtp.py: outcomes, weights against slow loops and an exact toy, runs, bad input.
 
 Shapes: B batch, T positions, K heads, N valid targets or rows, D width.
 """
@@ -107,44 +107,33 @@ def test_a_reward_model_scores_each_text_at_its_last_token(tmp_path, num_labels)
 
 
 # ------------------------------------------------------------------------------- scores, weights
-def slow_scores(V, R, targets, args):
-    """Score of every target of a record, as a dict; `targets` are its places, in order."""
-    first, last, scores = targets[0] - 1, targets[-1], {}
-    z = [math.log(v / (1 - v)) for v in V]
-    for j in targets:
-        if args.weights == "window":
-            scores[j] = z[min(j + 2, last)] - z[max(j - 3, first)]
-        elif j == last:
-            scores[j] = R - V[j - 1]
-        else:
-            later = range(j, last)
-            scores[j] = sum(args.gae_lambda ** (i - j) * (V[i] - V[i - 1]) for i in later)
-    mean = sum(scores.values()) / len(scores) if args.weights == "window" else 0
-    return {j: score - mean for j, score in scores.items()}
+SCORES = [("window", 0.0), *(("advantage", gae_lambda) for gae_lambda in (0.95, 0.7, 0.0, 1.0))]
 
 
-SCORES = [dict(weights="window")]
-SCORES += [dict(weights="advantage", gae_lambda=share) for share in (0.95, 0.7, 0.0, 1.0)]
-
-
-@pytest.mark.parametrize("changes", SCORES, ids=str)
-def test_scores_equal_a_slow_loop_at_both_ends_of_records_too(changes):
+@pytest.mark.parametrize("form, gae_lambda", SCORES)
+def test_scores_equal_a_slow_loop_at_both_ends_of_records_too(form, gae_lambda):
     """Prompts of 0 to 5 tokens, completions of 2 to 9: windows are cut at both ends."""
     generator, target_BT = np.random.default_rng(0), np.zeros((20, 15), bool)
-    args = critic_wmtp.Args(**changes)
     for row in target_BT:
         start = generator.integers(0, 6)
         row[max(1, start) : start + generator.integers(2, 10)] = True  # token 0 is no target
-    V_BT, reward_B = generator.random((20, 15)), generator.random(20)
-    value_BT, tensors = torch.from_numpy(V_BT), (torch.from_numpy(x) for x in (reward_B, target_BT))
-    if args.weights == "window":
-        score_BT = critic_wmtp.window_scores(torch.logit(value_BT), list(tensors)[1])
+    V_BT, R_B = generator.random((20, 15)), generator.random(20)
+    value_BT, reward_B, targets_BT = map(torch.from_numpy, (V_BT, R_B, target_BT))
+    if form == "window":
+        score_BT = critic_wmtp.window_scores(torch.logit(value_BT), targets_BT)
     else:
-        score_BT = critic_wmtp.advantages(value_BT, *tensors, args.gae_lambda)
-    for b in range(20):
-        targets = np.flatnonzero(target_BT[b]).tolist()
-        for j, expected in slow_scores(V_BT[b].tolist(), reward_B[b], targets, args).items():
-            assert score_BT[b, j].item() == pytest.approx(expected, abs=1e-9)
+        score_BT = critic_wmtp.advantages(value_BT, reward_B, targets_BT, gae_lambda)
+    for V, R, is_target, scores in zip(V_BT, R_B, target_BT, score_BT.tolist()):
+        targets, z = np.flatnonzero(is_target).tolist(), np.log(V / (1 - V))
+        first, last = targets[0] - 1, targets[-1]
+        if form == "window":
+            expected = [z[min(j + 2, last)] - z[max(j - 3, first)] for j in targets]
+            expected = np.array(expected) - np.mean(expected)
+        else:
+            powers = [[(i, gae_lambda ** (i - j)) for i in range(j, last)] for j in targets[:-1]]
+            expected = [sum(p * (V[i] - V[i - 1]) for i, p in later) for later in powers]
+            expected.append(R - V[last - 1])
+        assert [scores[j] for j in targets] == pytest.approx(expected, abs=1e-9)
 
 
 def head_weights(value_BT, batch, moments=None, ranks=None, key=(0, 0, 0), **changes):
@@ -169,50 +158,44 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_weights_equal_a_slow_loop_over_several_updates(critic, changes):
-    """In Python's float64: scores, moving mean and deviation, gate, mean 1, mixture; or ratios."""
-    args, moments, slow = critic_wmtp.Args(**changes), torch.zeros(3), [0.0, 0.0, 0.0]
+def test_weights_follow_from_scores_over_several_updates(critic, changes):
+    """In NumPy: moving mean and deviation, gate, mean 1 over the targets, mixture; or ratios."""
+    args, moments, slow = critic_wmtp.Args(**changes), torch.zeros(3), np.zeros(3)
     for update in range(3):
         batch = batch_of(critic, np.arange(12 * update, 12 * update + 12), args.train_on)
         value_BT = torch.rand(batch.x_BT.shape, generator=torch.Generator().manual_seed(update))
-        weight_KBT = head_weights(value_BT, batch, moments, **changes)
-        places, V_BT = (batch.targets_KBT != IGNORE).nonzero().tolist(), value_BT.tolist()
+        weight_KBT = head_weights(value_BT, batch, moments, **changes).numpy()
+        valid_KBT, target_BT = (batch.targets_KBT != IGNORE).numpy(), valid_of(batch)
         if args.weights == "ratio":
-            u = {(k, b, t): V_BT[b][t + k + 1] / V_BT[b][t] for k, b, t in places}
-            u = {p: min(max(r**args.strength, args.epsilon), args.max_weight) for p, r in u.items()}
+            V_BT = value_BT.double().numpy()
+            u_KBT = np.stack([np.roll(V_BT, -k, 1) / V_BT for k in (1, 2, 3)]) ** args.strength
+            u_KBT = u_KBT.clip(args.epsilon, args.max_weight)
         else:
-            scores = {}
-            for b in sorted({b for _, b, _ in places}):
-                targets = valid_of(batch)[b].nonzero()[:, 0].tolist()
-                own = slow_scores(V_BT[b], batch.reward_B[b].item(), targets, args)
-                scores.update({(b, j): score for j, score in own.items()})
-            N = len(scores)
-            slow[0] = 0.99 * slow[0] + 0.01
-            slow[1] = 0.99 * slow[1] + 0.01 * sum(scores.values()) / N
+            score_BT = critic_wmtp.window_scores(torch.logit(value_BT), target_BT)
+            if args.weights == "advantage":
+                numbers = (batch.reward_B, target_BT, args.gae_lambda)
+                score_BT = critic_wmtp.advantages(value_BT, *numbers)
+            score_N = score_BT[target_BT].double().numpy()
+            slow[:2] = 0.99 * slow[:2] + 0.01 * np.array([1, score_N.mean()])
             centre = slow[1] / slow[0]
-            slow[2] = 0.99 * slow[2] + 0.01 * sum((x - centre) ** 2 for x in scores.values()) / N
-            deviation = (math.sqrt(slow[2] / slow[0]) + 1e-4) * 0.7
-            gates = {
-                p: math.exp(args.strength * (x - centre) / deviation) for p, x in scores.items()
-            }
-            gates = {p: min(max(gate, args.epsilon), 1) for p, gate in gates.items()}
-            mean = sum(gates.values()) / N
-            u = {(k, b, t): gates[b, t + k + 1] / mean for k, b, t in places}
+            slow[2] = 0.99 * slow[2] + 0.01 * ((score_N - centre) ** 2).mean()
+            deviation = np.sqrt(slow[2] / slow[0]) + 1e-4
+            power_BT = args.strength * (score_BT.numpy() - centre) / deviation / 0.7
+            gate_BT = np.exp(power_BT).clip(args.epsilon, 1)
+            mean = gate_BT[target_BT].mean()
+            u_KBT = np.stack([np.roll(gate_BT, -k, 1) / mean for k in (1, 2, 3)])
             assert weight_KBT.max() <= 1 / mean + 1e-5
-        expected = [args.lambda_ + (1 - args.lambda_) * u[tuple(place)] for place in places]
-        assert [weight_KBT[tuple(p)].item() for p in places] == pytest.approx(expected, rel=1e-4)
+        expected_KBT = args.lambda_ + (1 - args.lambda_) * u_KBT
+        np.testing.assert_allclose(weight_KBT[valid_KBT], expected_KBT[valid_KBT], rtol=1e-4)
 
 
 def test_the_ratio_makes_every_head_learn_its_distribution_on_correct_records():
     """All 81 texts of 4 out of 3 symbols, of random probability and outcome; V is exact.
 
-    The minimiser of the weighted loss is a weighted count. No weight but the ratio passes.
+    The minimiser of the weighted loss is a weighted count.
     """
-    generator, tokens = (
-        np.random.default_rng(0),
-        np.array(list(itertools.product(range(3), repeat=4))),
-    )
-    x_BT = np.concatenate([np.zeros((81, 1), int), tokens], 1)
+    generator = np.random.default_rng(0)
+    x_BT = np.array(list(itertools.product([0], *[range(3)] * 4)))  # after a prompt of one token
     p_B, R_B = generator.dirichlet(np.ones(81)), generator.random(81)
 
     def expected(values_B, b, t, k=0, token=None):
@@ -229,15 +212,14 @@ def test_the_ratio_makes_every_head_learn_its_distribution_on_correct_records():
     weight_KBT = head_weights(V_BT, batch, weights="ratio", **FREE).numpy()
     for k, b, t in (targets_KBT != IGNORE).nonzero().tolist():
         weight_B, head = weight_KBT[k, :, t], k + 1
-        assert expected(weight_B, b, t) == pytest.approx(
-            expected(ones_B, b, t)
-        )  # E[u | prefix] = 1
+        mean = expected(weight_B, b, t) / expected(ones_B, b, t)
+        assert mean == pytest.approx(1)  # E[u | prefix]
         for token in range(3):
             minimiser = expected(weight_B, b, t, head, token) / expected(weight_B, b, t)
             p_correct = expected(R_B, b, t, head, token) / expected(R_B, b, t)
             assert minimiser == pytest.approx(p_correct, abs=1e-6)
-    products = weight_KBT[0, :, :4].prod(1)
-    assert products == pytest.approx((V_BT[:, -1] / V_BT[:, 0]).numpy())
+    product_B = weight_KBT[0, :, :4].prod(1)
+    assert product_B == pytest.approx((V_BT[:, -1] / V_BT[:, 0]).numpy())
 
 
 @pytest.mark.parametrize("form", FORMS)
