@@ -374,8 +374,7 @@ def partners(rows, copies):
     partner_N = np.arange(len(rows))
     for wrong, right in siblings(rows):
         for numbers, others in ((wrong, right), (right, wrong)):
-            if others:
-                partner_N[numbers] = [others[i % len(others)] for i in range(len(numbers))]
+            partner_N[numbers] = np.resize(others or numbers, len(numbers))  # in turn
     drawn_N = 1 + np.bincount(partner_N, minlength=len(partner_N)) * (copies - 1)
     return partner_N, (1 / drawn_N).astype(np.float32)
 
@@ -464,17 +463,15 @@ def judge(value_NT, data):
     pairs = [(end_N[r], end_N[w]) for wrong, right in tasks for r in right for w in wrong]
     if pairs:
         figures["pairs"] = float(np.mean([(r > w) + (r == w) / 2 for r, w in pairs]))
-    hits, chances = [], []
+    hits = []
     for row in np.flatnonzero(~is_correct_N):
         positions = 1 + np.flatnonzero(is_target_NT[row, 1:])  # no prefix before the first token
         is_fault = columns["is_noise"][row, positions]
         if is_fault.any():
             drop = value_NT[row, positions] - value_NT[row, positions - 1]
-            hits.append(is_fault[drop.argmin()])
-            chances.append(is_fault.mean())
+            hits.append((is_fault[drop.argmin()], is_fault.mean()))
     if hits:
-        figures["fault_token"] = float(np.mean(hits))
-        figures["fault_token_chance"] = float(np.mean(chances))
+        figures["fault_token"], figures["fault_token_chance"] = np.mean(hits, 0).tolist()
     return figures
 
 

@@ -2,22 +2,18 @@
 
     python benchmarks/critic_proof.py --out OUT                  five fresh seeds, 3 to 7
     python benchmarks/critic_proof.py --out OUT2 --task sums     additions, half of them wrong
-    python benchmarks/critic_proof.py --out OUT --seeds 3 --arms window mlp
-    python benchmarks/critic_proof.py --out OUT --seeds 3 --first-seed 0 --arms PART ..
 
 CLAIM, written before the first run: on the fresh seeds `window` has a lower loss and a higher
-preference than `equal_correct`, and a higher preference than `window_shuffled`; each of the three
-95 % intervals excludes 0. Of sums: `ratio` is as often right as `equal_all` when greedy, and when
-sampled within 0.05 of its own greedy share; `equal_all` imitates the errors, about half.
+preference than `equal_correct`, and a higher preference than `window_shuffled`; all three 95 %
+intervals exclude 0. Of sums: `ratio` is as often right as `equal_all` when greedy, and when sampled
+within 0.05 of that; `equal_all` imitates the errors: sampled, about half are right.
 
 bugs: for each seed (it fixes the held-out files too) a policy trains on the correct functions of
-stdlib-bugs, a value on that policy, and from both each arm, for equally many updates. Judged: head
-1's loss on correct held-out functions, and preference: how often a function is likelier than its
-broken sibling, ties half. sums: a policy trains on all of --records sums, a value on it, and each
-arm from scratch. Judged: the share of right answers to 1,000 unseen sums, greedy and sampled.
-
-Every run is the script as it stands, or a copy of it with the lines of CHANGES, in a process of one
-thread. Differences: 95 % intervals of a paired bootstrap over the functions (sums) of all seeds.
+stdlib-bugs, a value on that policy, and from both each arm. Judged: head 1's loss on correct
+held-out functions; preference: how often a function is likelier than its broken sibling. sums: a
+policy trains on all records, a value on it, and each arm from scratch. Judged: the share of right
+answers to 1,000 unseen sums. Every run is the script, some with CHANGES, in a process of one
+thread. Intervals: paired bootstrap over the functions or sums of all seeds.
 """
 
 import shutil
@@ -32,124 +28,102 @@ ARMS = {
     "equal_all": EQUAL,
     "window": {},
     "window_shuffled": {"control": "shuffle"},
-    "window_correct": {"train_on": "correct"},
     "ratio": RATIO,
     "ratio_shuffled": RATIO | {"control": "shuffle"},
     "ratio_8": RATIO | {"strength": 8},
     "advantage": {"weights": "advantage"},
-    "oracle": EQUAL,
+    "oracle": {"epsilon": 0, "strength": 10},  # 0 on known faults
+    "window_correct": {"train_on": "correct"},
 }
-PARTS = {  # the window without one of its parts, or with another V; the ratio with the gate
-    "no_smoothing": {},
-    "no_gate": {},
-    "no_centring": {},
-    "no_odds": {},
-    "mlp": {},
-    "ratio_8_gate": RATIO | {"strength": 8, "max_weight": 1},
-}
-CENTRED = "window_BT - ((window_BT * target_BT).sum(1) / count_B)[:, None]"
-HASHED = "self.norm(trunk_BTD + self.mix(torch.cat(embedded, -1)))"
-CHANGES = {  # lines of critic_wmtp.py, before and after
-    "no_smoothing": {"target_BT, reach=2": "target_BT, reach=0"},
-    "no_gate": {"clamp(args.epsilon, 1)": "clamp(args.epsilon, args.max_weight)"},
-    "no_centring": {CENTRED: "window_BT"},
-    "no_odds": {"= window_scores(logit_BT,": "= window_scores(F.logsigmoid(logit_BT),"},
-    "mlp": {HASHED: "self.norm(trunk_BTD)", "(evidence_BT * prefix_BT).cumsum(1)": "evidence_BT"},
-    "oracle": {
-        "args, ranks)\n            auxiliary": """args, ranks)
-            clean_BT = (~batch.is_noise_BT).float()
-            clean_BT /= clean_BT[:, 1:][batch.targets_KBT[0, :, :-1] >= 0].mean()
-            weight_KBT = weights_of_targets(clean_BT, num_heads)
-            auxiliary"""
-    },
-}
-SHARED = {"value": "separate", "epsilon": 0.05, "strength": 1, "max_weight": 3, "gae_lambda": 0.95}
-SHARED |= {"train_on": "all", "lambda": 0, "value_lr": 1e-3, "value_batches": 1, "control": "none"}
+PARTS = dict.fromkeys(["no_smoothing", "no_gate", "no_centring", "mlp"], {})  # the window without
+PARTS["ratio_8_gate"] = RATIO | {"strength": 8, "max_weight": 1}
+CHANGES = [  # arm, and lines of critic_wmtp.py before and after
+    ("oracle", "= window_scores(logit_BT, target_BT)", "= -batch.is_noise_BT.float()"),
+    ("no_smoothing", "target_BT, reach=2", "target_BT, reach=0"),
+    ("no_gate", "clamp(args.epsilon, 1)", "clamp(args.epsilon, args.max_weight)"),
+    ("no_centring", " - ((window_BT * target_BT).sum(1) / count_B)[:, None]", ""),
+    ("mlp", "trunk_BTD + self.mix(torch.cat(embedded, -1))", "trunk_BTD"),
+    ("mlp", "(evidence_BT * prefix_BT).cumsum(1)", "evidence_BT"),
+]
 TASKS = {
-    "bugs": dict(batch_size=8, steps=200, base_steps=500, value_steps=400, lr=1e-3),
-    "sums": dict(batch_size=64, steps=1000, base_steps=1000, value_steps=500, lr=3e-3),
+    "bugs": dict(batch_size=8, steps=200, base_steps=500, value_steps=400, arms=list(ARMS)),
+    "sums": dict(batch_size=64, steps=600, base_steps=600, value_steps=300),
 }
-SUMS_ARMS = ["equal_correct", "equal_all", "ratio"]
+TASKS["sums"]["arms"] = ["equal_correct", "equal_all", "ratio"]
+NUM_SUMS = 2000  # that are trained on
 
 
 def judge_bugs(model, tokenizer, seed):
-    """Of each held-out function `(loss, tokens)`, and `(preferred to its broken sibling, 1)`."""
+    """`(loss, tokens)` of every held-out function; `(preferred to its broken sibling, 1)`."""
     from common import IGNORE, Ranks, imitate_all, load_data
+    from critic_wmtp import siblings
 
-    data = load_data("stdlib-bugs", tokenizer, 256, seed, 0.0, Ranks())
-    rows, siblings = imitate_all(data.heldout), {}
-    for batch, loss_BT, _ in tools.heldout_losses(model, rows, np.arange(len(rows))):
-        losses, counts = loss_BT.sum(1).tolist(), (batch.targets_KBT[0] != IGNORE).sum(1).tolist()
-        for number, loss, count in zip(batch.rows_B.tolist(), losses, counts):
-            side = "right" if rows[number]["reward"] > 0.5 else "wrong"
-            siblings.setdefault(str(rows[number]["sibling"]), {})[side] = (loss, count)
-    items = {}
-    for name, sides in siblings.items():
-        if len(sides) == 2:
-            right, wrong = sides["right"][0], sides["wrong"][0]
-            preference = float(right < wrong) + 0.5 * (right == wrong)
-            items[name] = {"loss": sides["right"], "preference": (preference, 1)}
-    return items
+    rows = load_data("stdlib-bugs", tokenizer, 256, seed, 0.0, Ranks()).heldout
+    loss_N, count_N = [], []
+    for batch, loss_BT, _ in tools.heldout_losses(model, imitate_all(rows), np.arange(len(rows))):
+        loss_N += loss_BT.sum(1).tolist()
+        count_N += (batch.targets_KBT[0] != IGNORE).sum(1).tolist()
+    pairs = [(right[0], wrong[0]) for wrong, right in siblings(rows) if right and wrong]
+    margins = [np.sign(loss_N[wrong] - loss_N[right]) for right, wrong in pairs]
+    preference = [((1 + margin) / 2, 1) for margin in margins]  # ties half
+    return {
+        "loss": [(loss_N[right], count_N[right]) for right, _ in pairs],
+        "preference": preference,
+    }
 
 
-def judge_sums(model, tokenizer, records):
-    """Of each of 1,000 sums that are not among the records `(right, 1)`, greedy and sampled."""
+def judge_sums(model, tokenizer, seed):
+    """`(right, 1)` of 1,000 sums that no run has seen, greedy and sampled."""
     from common import encode, generate, sums
 
-    everything = list(sums())
-    used = {record["group"] for record in everything[:records]}
-    unseen = [r["prompt"] for r in everything[records:] if r["group"] not in used][:1000]
+    records, figures = list(sums()), {}
+    used = {record["group"] for record in records[:NUM_SUMS]}
+    unseen = [record["prompt"] for record in records if record["group"] not in used][-1000:]
     prompts = [ids.tolist() for ids in encode(tokenizer, unseen)]
-    items = {prompt: {} for prompt in unseen}
+    answers = [f"{sum(map(int, prompt[:-1].split('+'))):03d}"[::-1] for prompt in unseen]
     for key, temperature in (("greedy", 0), ("sampled", 1)):
         done = generate(model.eval(), prompts, 5, tokenizer.eos_token_id, temperature=temperature)
-        for prompt, tokens in zip(unseen, done.tokens):
-            right = f"{sum(map(int, prompt[:-1].split('+'))):03d}"[::-1]
-            items[prompt][key] = (float(tokenizer.decode(tokens) == right), 1)
-    return items
+        texts = [tokenizer.decode(tokens) for tokens in done.tokens]
+        figures[key] = [(float(text == answer), 1) for text, answer in zip(texts, answers)]
+    return figures
 
 
 def one_run(args, what, name, seed):
     """One run of a base policy, a value or an arm; kept in a file."""
     from common import build_model
 
-    out, is_sums = Path(args.out), args.task == "sums"
-    label = f"{what} {name} {seed}"
-    run_dir, scratch = out / label, args.model or out / "config.json"
-    value = f"value {'mlp' if name == 'mlp' else 'window'} {seed}"
-    changed = out / f"{name}.py"
+    out, is_sums, label = Path(args.out), args.task == "sums", f"{what} {name} {seed}"
+    run_dir, changed = out / label, out / f"{name}.py"
     script = changed if changed.exists() else "critic_wmtp.py"
-    flags = dict(tools.PROOF_FLAGS, noise_frac=0.0, device=args.device, run_dir=run_dir, seed=seed)
-    flags |= dict(num_heads=args.num_heads, batch_size=args.batch_size, data="stdlib-bugs")
-    flags |= dict(SHARED, model=out / f"base policy {seed}", lr=args.lr, warmup_steps=20)
-    flags |= dict(pair_coef=1.0, weights="window")
+    scratch = dict(model=args.model or out / "config.json", lr=3e-3, warmup_steps=40)
+    ready = dict(model=out / f"base policy {seed}", lr=1e-3, warmup_steps=20)
+    flags = dict(tools.PROOF_FLAGS, device=args.device, run_dir=run_dir, seed=seed)
+    flags |= dict(num_heads=args.num_heads, batch_size=args.batch_size, value_batches=1)
     if is_sums:
-        flags |= dict(data=out / "sums.jsonl", seq_len=16, pair_coef=0.0)
+        flags |= dict(data=out / "sums.jsonl", pair_coef=0.0, seq_len=16)
     if what == "base":
-        flags |= EQUAL | dict(model=scratch, lr=3e-3, max_steps=args.base_steps, warmup_steps=40)
-        flags["train_on"] = "all" if is_sums else "correct"
-    if what == "value":
-        flags |= dict(value_steps=args.value_steps, max_steps=1)
-    if what == "arm":
-        flags |= dict(max_steps=args.steps, value_head=out / value / "value_head.safetensors")
+        flags |= scratch | dict(max_steps=args.base_steps)
+        flags |= ARMS["equal_all" if is_sums else "equal_correct"]
+    elif what == "value":
+        flags |= ready | dict(value_steps=args.value_steps, max_steps=1)
+    else:
+        value = out / f"value {'mlp' if name == 'mlp' else 'window'} {seed}"
+        flags |= scratch if is_sums else ready
+        flags |= dict(max_steps=args.steps, value_head=value / "value_head.safetensors")
         flags |= {**ARMS, **PARTS}[name]
-        if is_sums:
-            flags |= dict(model=scratch, warmup_steps=40)
 
     def work():
         shutil.rmtree(run_dir, ignore_errors=True)
         words = tools.as_flags(flags)
         tools.run_script(script, words, out / f"{label}.txt")
         lines = tools.read_metrics(run_dir)
-        figures = dict(what=what, name=name, seed=seed)
-        figures["command"] = " ".join([Path(script).name, *words]).replace(str(out), "OUT")
-        judged = [line for line in lines if "value/auc" in line]
-        figures["value"] = {k[6:]: v for k, v in judged[-1].items() if "/" in k} if judged else {}
+        command = " ".join([Path(script).name, *words]).replace(str(out), "OUT")
+        figures = dict(what=what, name=name, seed=seed, command=command)
+        if what == "value":
+            figures["value"] = next(line for line in lines if "value/auc" in line)
         if what == "arm":
             loaded = build_model(str(run_dir), args.num_heads)
-            figures["items"] = (
-                judge_sums(*loaded, args.records) if is_sums else judge_bugs(*loaded, seed)
-            )
+            figures["judged"] = (judge_sums if is_sums else judge_bugs)(*loaded, seed)
             ess = [line["weights/ess_frac"] for line in lines if "weights/ess_frac" in line]
             figures["ess"] = float(np.mean(ess[-100:]))
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
@@ -158,68 +132,48 @@ def one_run(args, what, name, seed):
     return tools.kept(out / f"{label}.json", work)
 
 
-def difference(runs, name, other, key):
-    """Mean difference of two arms in a figure, with its interval, over the items of all seeds."""
-    pairs = []
-    for seed in sorted(seed for arm, seed in runs if arm == name and (other, seed) in runs):
-        one, two = runs[name, seed]["items"], runs[other, seed]["items"]
-        pairs += [(*one[item][key], two[item][key][0]) for item in sorted(one)]
-    value, count, base = np.array(pairs).T
-    return tools.difference_with_interval(value, base, count)
-
-
 def summary(results):
-    """One row an arm: means over seeds, and differences to the arms that it is compared with."""
-    runs = {(r["name"], r["seed"]): r for r in results if r["what"] == "arm"}
-    names = list(dict.fromkeys(name for name, _ in runs))
-    rows = []
-    for name in names:
-        own = [run for (arm, _), run in runs.items() if arm == name]
-        row = dict(name=name, ess=float(np.mean([run["ess"] for run in own])))
-        bases = {"equal_correct", "equal_all", f"{name}_shuffled"} - {name} & set(names)
-        for key in next(iter(own[0]["items"].values())):
-            sums = [np.sum([item[key] for item in run["items"].values()], 0) for run in own]
-            row[f"{key}_seeds"] = [float(total / count) for total, count in sums]
-            row[key] = float(np.mean(row[f"{key}_seeds"]))
-            row[f"{key}_to"] = {base: difference(runs, name, base, key) for base in sorted(bases)}
+    """One row an arm: means over seeds, and differences to others on the seeds of both."""
+    runs, rows = {(r["name"], r["seed"]): r for r in results if r["what"] == "arm"}, []
+    for name in dict.fromkeys(name for name, _ in runs):
+        own = {seed: run for (arm, seed), run in runs.items() if arm == name}
+        row = dict(name=name, ess=float(np.mean([run["ess"] for run in own.values()])))
+        others = dict(correct="equal_correct", all="equal_all", shuffled=f"{name}_shuffled")
+        for key in next(iter(own.values()))["judged"]:
+            sums = [np.sum(run["judged"][key], 0) for run in own.values()]
+            row[key] = float(np.mean([total / count for total, count in sums]))
+            for label, other in others.items():
+                seeds = [seed for seed in own if (other, seed) in runs and other != name]
+                pairs = [
+                    [runs[arm, seed]["judged"][key] for arm in (name, other)] for seed in seeds
+                ]
+                if pairs:
+                    one, two = np.concatenate(pairs, 1)
+                    result = tools.difference_with_interval(one[:, 0], two[:, 0], one[:, 1])
+                row[f"{key} to {label}"] = result if pairs else None
         rows.append(row)
     return rows
 
 
-def show(rows, values):
-    for name, figures in values.items():
-        print(f"V {name}: " + ", ".join(f"{k} {np.mean(v):.3f}" for k, v in figures.items()))
-    keys = [key[:-3] for key in rows[0] if key.endswith("_to")]
-    lines = []
-    for row in rows:
-        cells = [row["name"], f"{row['ess']:.2f}"]
-        for key in keys:
-            cells.append(f"{row[key]:.4f}")
-            for base in ("equal_correct", "equal_all", f"{row['name']}_shuffled"):
-                middle, (low, high) = row[f"{key}_to"].get(base, (None, (0, 0)))
-                cells.append("" if middle is None else f"{middle:+.4f} [{low:+.4f}, {high:+.4f}]")
-        lines.append(cells)
-    header = [[key, "to equal_correct", "to equal_all", "to its shuffle"] for key in keys]
-    tools.print_table(["weights", "ess", *sum(header, [])], lines)
+def cell(value):
+    if isinstance(value, tuple):
+        return f"{value[0]:+.4f} [{value[1][0]:+.4f}, {value[1][1]:+.4f}]"
+    return f"{value:.4f}" if isinstance(value, float) else value or ""
 
 
 def plot(rows, file):
     """Loss against preference; the line is the strength of the ratio: 0, 1, 8."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4))
+    figure, axes = plt.subplots(layout="constrained")
     places = {row["name"]: (row["loss"], row["preference"]) for row in rows}
     curve = [places[name] for name in ("equal_all", "ratio", "ratio_8") if name in places]
-    axes.plot(*zip(*curve), color="0.7", label="strength of the ratio: 0, 1, 8")
+    axes.plot(*np.array(curve).reshape(-1, 2).T, color="0.7", label="ratio, strength 0, 1, 8")
     for name, place in places.items():
         axes.plot(*place, "o", color="C0")
-        axes.annotate(name, place, fontsize=7, xytext=(4, 3), textcoords="offset points")
+        axes.annotate(name, place, fontsize=7)
     axes.set(xlabel="loss on correct held-out functions (nats)", ylabel="preference")
     axes.legend(fontsize=7)
-    figure.tight_layout()
     figure.savefig(file, dpi=110)
 
 
@@ -228,46 +182,39 @@ def main():
     parser.set_defaults(seeds=5, arms=None)
     parser.add_argument("--task", choices=TASKS, default="bugs")
     parser.add_argument("--first-seed", type=int, default=3)
-    parser.add_argument("--records", type=int, default=2000, help="sums that are trained on")
-    for name in ("base_steps", "value_steps"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+    parser.add_argument("--base-steps", type=int)
+    parser.add_argument("--value-steps", type=int)
     args = parser.parse_args()
     for name, value in TASKS[args.task].items():
-        setattr(args, name, getattr(args, name, None) or value)
-    out, settings = tools.prepare_proof(args, ("jobs", "seeds", "first_seed", "arms"), num_layers=5)
-    source = (tools.ROOT / "critic_wmtp.py").read_text()
-    for name, lines in CHANGES.items():
-        changed = source
-        for old, new in lines.items():
-            assert changed.count(old) == 1, f"critic_wmtp.py: {changed.count(old)} times {old}"
-            changed = changed.replace(old, new)
-        (out / f"{name}.py").write_text(changed)
+        setattr(args, name, getattr(args, name) or value)
+    free = ("jobs", "seeds", "first_seed", "arms")  # what may change when it goes on
+    out, settings = tools.prepare_proof(args, free, num_layers=5)
+    sources = dict.fromkeys([c[0] for c in CHANGES], (tools.ROOT / "critic_wmtp.py").read_text())
+    for name, old, new in CHANGES:
+        assert sources[name].count(old) == 1, f"critic_wmtp.py: not once: {old}"
+        sources[name] = sources[name].replace(old, new)
+        (out / f"{name}.py").write_text(sources[name])
     if args.task == "sums":
         from common import sums
 
-        lines = [tools.json.dumps(record) + "\n" for record in list(sums())[: args.records]]
-        (out / "sums.jsonl").write_text("".join(lines))
-    arms = args.arms or (SUMS_ARMS if args.task == "sums" else list(ARMS))
-    kinds = [kind for kind in ("window", "mlp") if kind == "window" or "mlp" in arms]
-    phases = [[("base", "policy")], [("value", kind) for kind in kinds]]
-    phases.append([("arm", arm) for arm in arms])
-    results = []
+        records = [tools.json.dumps(record) + "\n" for record in sums()]
+        (out / "sums.jsonl").write_text("".join(records[:NUM_SUMS]))
+    values = [("value", "window"), ("value", "mlp")][: 1 + ("mlp" in args.arms)]
+    phases = [[("base", "policy")], values, [("arm", arm) for arm in args.arms]]
+    results, seeds = [], range(args.first_seed, args.first_seed + args.seeds)
     for phase in phases:  # each needs the one before
-        seeds = range(args.first_seed, args.first_seed + args.seeds)
         tasks = [(args, *task, seed) for seed in seeds for task in phase]
         results += tools.run_jobs(one_run, tasks, args.jobs)
-    rows, values = summary(results), {}
-    for kind in kinds:
-        own = [r["value"] for r in results if (r["what"], r["name"]) == ("value", kind)]
-        values[kind] = {key: [figures[key] for figures in own] for key in own[0]}
+    rows, values = summary(results), [r for r in results if "value" in r]
     record = dict(command=tools.command(), **tools.machine(args.device), settings=settings)
     record["seconds_of_runs"] = sum(result["seconds"] for result in results)
     record["commands"] = [r["command"] for r in results if r["seed"] == args.first_seed]
     tools.write_json(out / "critic_proof.json", {**record, "rows": rows, "values": values})
-    show(rows, values)
+    for value in values:
+        print(value["name"], value["seed"], {k: round(v, 3) for k, v in value["value"].items()})
+    tools.print_table(list(rows[0]), [map(cell, row.values()) for row in rows])
     if args.task == "bugs":
         plot(rows, out / "critic_proof.png")
-    print(f"\n{out}/critic_proof.json")
 
 
 if __name__ == "__main__":

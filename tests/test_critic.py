@@ -148,12 +148,10 @@ def token_weights(*arguments, **changes):
 
 
 VARIANTS = [
-    dict(),
-    dict(strength=0.3, epsilon=0.5, lambda_=0.3),
-    dict(train_on="correct", **FREE),
+    dict(**FREE),
+    dict(strength=0.3, epsilon=0.5, lambda_=0.3, train_on="correct"),
     dict(weights="advantage", gae_lambda=0.5),
-    dict(weights="ratio", lambda_=0.2),
-    dict(weights="ratio", strength=3.0, epsilon=0.2, max_weight=1.5),
+    dict(weights="ratio", strength=3.0, epsilon=0.2, max_weight=1.5, lambda_=0.2),
 ]
 
 
@@ -171,10 +169,10 @@ def test_weights_follow_from_scores_over_several_updates(critic, changes):
             u_KBT = np.stack([np.roll(V_BT, -k, 1) / V_BT for k in (1, 2, 3)]) ** args.strength
             u_KBT = u_KBT.clip(args.epsilon, args.max_weight)
         else:
-            score_BT = critic_wmtp.window_scores(torch.logit(value_BT), target_BT)
-            if args.weights == "advantage":
-                numbers = (batch.reward_B, target_BT, args.gae_lambda)
-                score_BT = critic_wmtp.advantages(value_BT, *numbers)
+            numbers = (batch.reward_B, target_BT, args.gae_lambda)
+            score_BT = critic_wmtp.advantages(value_BT, *numbers)
+            if args.weights == "window":
+                score_BT = critic_wmtp.window_scores(torch.logit(value_BT), target_BT)
             score_N = score_BT[target_BT].double().numpy()
             slow[:2] = 0.99 * slow[:2] + 0.01 * np.array([1, score_N.mean()])
             centre = slow[1] / slow[0]
@@ -190,10 +188,7 @@ def test_weights_follow_from_scores_over_several_updates(critic, changes):
 
 
 def test_the_ratio_makes_every_head_learn_its_distribution_on_correct_records():
-    """All 81 texts of 4 out of 3 symbols, of random probability and outcome; V is exact.
-
-    The minimiser of the weighted loss is a weighted count.
-    """
+    """All 81 texts of 4 out of 3 symbols; V is exact. The minimiser is a weighted count."""
     generator = np.random.default_rng(0)
     x_BT = np.array(list(itertools.product([0], *[range(3)] * 4)))  # after a prompt of one token
     p_B, R_B = generator.dirichlet(np.ones(81)), generator.random(81)
@@ -224,8 +219,7 @@ def test_the_ratio_makes_every_head_learn_its_distribution_on_correct_records():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_fault_gets_the_smallest_weight_and_without_a_change_of_V_all_weigh_1(critic, form):
-    batch = batch_of(critic, np.arange(10))
-    batch = dataclasses.replace(batch, reward_B=torch.zeros(10))
+    batch = dataclasses.replace(batch_of(critic, np.arange(10)), reward_B=torch.zeros(10))
     for place in (1, 3, 6):
         value_BT = torch.full(batch.x_BT.shape, 0.8)
         faults = [valid_of(batch)[b].nonzero()[place, 0].item() for b in range(10)]
@@ -421,19 +415,19 @@ def test_stage_1_learns_and_a_saved_value_takes_its_place(critic, tmp_path):
 
 def test_sums_are_right_but_for_one_digit_in_half_of_them():
     records, loaded = list(sums()), rows_of("sums", 16)
-    assert records == list(sums()) and len({r["prompt"] for r in records}) == 10_000
+    assert records == list(sums()) and len({record["prompt"] for record in records}) == 10_000
+    assert sum(record["reward"] for record in records) == 5000
     for record in records:
-        a, b = map(int, record["prompt"].rstrip("=").split("+"))
-        right, answer = f"{a + b:03d}"[::-1], record["completion"]
-        wrong = [i for i in range(3) if answer[i] != right[i]]
-        spans = [(record["fault_start"], record["fault_end"])] if wrong else []
-        assert spans == [(i, i + 1) for i in wrong] and record["reward"] == 1 - len(wrong)
-    assert sum(r["reward"] for r in records) == 5000
-    parts, tokenizer = [], load_tokenizer(None)
-    for rows in (loaded.records, loaded.heldout):
-        prompts = [text.partition("=")[0] for text in tokenizer.batch_decode(rows["input_ids"][:])]
-        parts.append({tuple(sorted(map(int, prompt.split("+")))) for prompt in prompts})
-    assert not parts[0] & parts[1] and 900 < len(loaded.heldout) < 1100
+        right = f"{eval(record['prompt'][:-1]):03d}"[::-1]
+        wrong = [i for i in range(3) if record["completion"][i] != right[i]]
+        assert len(wrong) == 1 - record["reward"]
+        assert not wrong or (wrong[0], wrong[0] + 1) == (record["fault_start"], record["fault_end"])
+    texts = (
+        load_tokenizer(None).batch_decode(r["input_ids"][:])
+        for r in (loaded.records, loaded.heldout)
+    )
+    train, heldout = ({frozenset(t.partition("=")[0].split("+")) for t in own} for own in texts)
+    assert not train & heldout and 900 < len(loaded.heldout) < 1100
 
 
 # ------------------------------------------------------------------------------------- bad input
