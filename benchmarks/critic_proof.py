@@ -13,7 +13,7 @@ stdlib-bugs, a value on that policy, and from both each arm. Judged: head 1's lo
 held-out functions; preference: how often a function is likelier than its broken sibling. sums: a
 policy trains on all records, a value on it, and each arm from scratch. Judged: the share of right
 answers to 1,000 unseen sums. Every run is the script, some with CHANGES, in a process of one
-thread. Intervals: paired bootstrap over the functions or sums of all seeds.
+thread; the table has all runs in OUT. Intervals: paired bootstrap over the items of all seeds.
 """
 
 import shutil
@@ -21,8 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import tools
+from common import IGNORE, Ranks, build_model, encode, generate, imitate_all, load_data, sums
+from critic_wmtp import siblings
 
-EQUAL, RATIO = {"lambda": 1, "value_steps": 0}, {"weights": "ratio"}
+EQUAL, RATIO = {"lambda": 1, "value_head": None}, {"weights": "ratio"}
 ARMS = {
     "equal_correct": EQUAL | {"train_on": "correct"},
     "equal_all": EQUAL,
@@ -55,27 +57,19 @@ NUM_SUMS = 2000  # that are trained on
 
 def judge_bugs(model, tokenizer, seed):
     """`(loss, tokens)` of every held-out function; `(preferred to its broken sibling, 1)`."""
-    from common import IGNORE, Ranks, imitate_all, load_data
-    from critic_wmtp import siblings
-
     rows = load_data("stdlib-bugs", tokenizer, 256, seed, 0.0, Ranks()).heldout
     loss_N, count_N = [], []
     for batch, loss_BT, _ in tools.heldout_losses(model, imitate_all(rows), np.arange(len(rows))):
         loss_N += loss_BT.sum(1).tolist()
         count_N += (batch.targets_KBT[0] != IGNORE).sum(1).tolist()
     pairs = [(right[0], wrong[0]) for wrong, right in siblings(rows) if right and wrong]
+    loss = [(loss_N[right], count_N[right]) for right, _ in pairs]
     margins = [np.sign(loss_N[wrong] - loss_N[right]) for right, wrong in pairs]
-    preference = [((1 + margin) / 2, 1) for margin in margins]  # ties half
-    return {
-        "loss": [(loss_N[right], count_N[right]) for right, _ in pairs],
-        "preference": preference,
-    }
+    return dict(loss=loss, preference=[((1 + margin) / 2, 1) for margin in margins])  # ties half
 
 
 def judge_sums(model, tokenizer, seed):
     """`(right, 1)` of 1,000 sums that no run has seen, greedy and sampled."""
-    from common import encode, generate, sums
-
     records, figures = list(sums()), {}
     used = {record["group"] for record in records[:NUM_SUMS]}
     unseen = [record["prompt"] for record in records if record["group"] not in used][-1000:]
@@ -90,8 +84,6 @@ def judge_sums(model, tokenizer, seed):
 
 def one_run(args, what, name, seed):
     """One run of a base policy, a value or an arm; kept in a file."""
-    from common import build_model
-
     out, is_sums, label = Path(args.out), args.task == "sums", f"{what} {name} {seed}"
     run_dir, changed = out / label, out / f"{name}.py"
     script = changed if changed.exists() else "critic_wmtp.py"
@@ -123,7 +115,7 @@ def one_run(args, what, name, seed):
             figures["value"] = next(line for line in lines if "value/auc" in line)
         if what == "arm":
             loaded = build_model(str(run_dir), args.num_heads)
-            figures["judged"] = (judge_sums if is_sums else judge_bugs)(*loaded, seed)
+            figures["items"] = (judge_sums if is_sums else judge_bugs)(*loaded, seed)
             ess = [line["weights/ess_frac"] for line in lines if "weights/ess_frac" in line]
             figures["ess"] = float(np.mean(ess[-100:]))
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
@@ -139,14 +131,12 @@ def summary(results):
         own = {seed: run for (arm, seed), run in runs.items() if arm == name}
         row = dict(name=name, ess=float(np.mean([run["ess"] for run in own.values()])))
         others = dict(correct="equal_correct", all="equal_all", shuffled=f"{name}_shuffled")
-        for key in next(iter(own.values()))["judged"]:
-            sums = [np.sum(run["judged"][key], 0) for run in own.values()]
-            row[key] = float(np.mean([total / count for total, count in sums]))
+        for key in next(iter(own.values()))["items"]:
+            totals = [np.sum(run["items"][key], 0) for run in own.values()]
+            row[key] = float(np.mean([total / count for total, count in totals]))
             for label, other in others.items():
                 seeds = [seed for seed in own if (other, seed) in runs and other != name]
-                pairs = [
-                    [runs[arm, seed]["judged"][key] for arm in (name, other)] for seed in seeds
-                ]
+                pairs = [[runs[n, seed]["items"][key] for n in (name, other)] for seed in seeds]
                 if pairs:
                     one, two = np.concatenate(pairs, 1)
                     result = tools.difference_with_interval(one[:, 0], two[:, 0], one[:, 1])
@@ -162,7 +152,7 @@ def cell(value):
 
 
 def plot(rows, file):
-    """Loss against preference; the line is the strength of the ratio: 0, 1, 8."""
+    """Loss against preference, and the curve of the ratio's strength."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(layout="constrained")
@@ -173,7 +163,7 @@ def plot(rows, file):
         axes.plot(*place, "o", color="C0")
         axes.annotate(name, place, fontsize=7)
     axes.set(xlabel="loss on correct held-out functions (nats)", ylabel="preference")
-    axes.legend(fontsize=7)
+    axes.legend()
     figure.savefig(file, dpi=110)
 
 
@@ -187,31 +177,28 @@ def main():
     args = parser.parse_args()
     for name, value in TASKS[args.task].items():
         setattr(args, name, getattr(args, name) or value)
-    free = ("jobs", "seeds", "first_seed", "arms")  # what may change when it goes on
-    out, settings = tools.prepare_proof(args, free, num_layers=5)
+    out, settings = tools.prepare_proof(args, ("jobs", "seeds", "first_seed", "arms"), num_layers=5)
     sources = dict.fromkeys([c[0] for c in CHANGES], (tools.ROOT / "critic_wmtp.py").read_text())
     for name, old, new in CHANGES:
         assert sources[name].count(old) == 1, f"critic_wmtp.py: not once: {old}"
         sources[name] = sources[name].replace(old, new)
         (out / f"{name}.py").write_text(sources[name])
     if args.task == "sums":
-        from common import sums
-
         records = [tools.json.dumps(record) + "\n" for record in sums()]
         (out / "sums.jsonl").write_text("".join(records[:NUM_SUMS]))
     values = [("value", "window"), ("value", "mlp")][: 1 + ("mlp" in args.arms)]
     phases = [[("base", "policy")], values, [("arm", arm) for arm in args.arms]]
-    results, seeds = [], range(args.first_seed, args.first_seed + args.seeds)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
     for phase in phases:  # each needs the one before
         tasks = [(args, *task, seed) for seed in seeds for task in phase]
-        results += tools.run_jobs(one_run, tasks, args.jobs)
+        tools.run_jobs(one_run, tasks, args.jobs)
+    results = [tools.json.loads(file.read_text()) for file in sorted(out.glob("* * *.json"))]
     rows, values = summary(results), [r for r in results if "value" in r]
     record = dict(command=tools.command(), **tools.machine(args.device), settings=settings)
     record["seconds_of_runs"] = sum(result["seconds"] for result in results)
     record["commands"] = [r["command"] for r in results if r["seed"] == args.first_seed]
     tools.write_json(out / "critic_proof.json", {**record, "rows": rows, "values": values})
-    for value in values:
-        print(value["name"], value["seed"], {k: round(v, 3) for k, v in value["value"].items()})
+    print(*(f"V {v['name']} {v['seed']}: {v['value']}" for v in values), sep="\n")
     tools.print_table(list(rows[0]), [map(cell, row.values()) for row in rows])
     if args.task == "bugs":
         plot(rows, out / "critic_proof.png")
