@@ -12,7 +12,7 @@ bugs: for each seed (it fixes the held-out files too) a policy trains on the cor
 stdlib-bugs, a value on that policy, and from both each arm. Judged: head 1's loss on correct
 held-out functions; preference: how often a function is likelier than its broken sibling. sums: a
 policy trains on all records, a value on it, and each arm from scratch. Judged: the share of right
-answers to 1,000 unseen sums. Every run is the script, some with CHANGES, in a process of one
+answers to held-out sums. Every run is the script, some with CHANGES, in a process of one
 thread; the table has all runs in OUT. Intervals: paired bootstrap over the items of all seeds.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import tools
-from common import IGNORE, Ranks, build_model, encode, generate, imitate_all, load_data, sums
+from common import IGNORE, Ranks, build_model, generate, imitate_all, load_data
 from critic_wmtp import siblings
 
 EQUAL, RATIO = {"lambda": 1, "value_head": None}, {"weights": "ratio"}
@@ -49,10 +49,9 @@ CHANGES = [  # arm, and lines of critic_wmtp.py before and after
 ]
 TASKS = {
     "bugs": dict(batch_size=8, steps=200, base_steps=500, value_steps=400, arms=list(ARMS)),
-    "sums": dict(batch_size=64, steps=600, base_steps=600, value_steps=300),
+    "sums": dict(batch_size=64, steps=800, base_steps=800, value_steps=800),
 }
 TASKS["sums"]["arms"] = ["equal_correct", "equal_all", "ratio"]
-NUM_SUMS = 2000  # that are trained on
 
 
 def judge_bugs(model, tokenizer, seed):
@@ -69,12 +68,12 @@ def judge_bugs(model, tokenizer, seed):
 
 
 def judge_sums(model, tokenizer, seed):
-    """`(right, 1)` of 1,000 sums that no run has seen, greedy and sampled."""
-    records, figures = list(sums()), {}
-    used = {record["group"] for record in records[:NUM_SUMS]}
-    unseen = [record["prompt"] for record in records if record["group"] not in used][-1000:]
-    prompts = [ids.tolist() for ids in encode(tokenizer, unseen)]
-    answers = [f"{sum(map(int, prompt[:-1].split('+'))):03d}"[::-1] for prompt in unseen]
+    """`(right, 1)` of every held-out sum, greedy and sampled."""
+    columns, figures = load_data("sums", tokenizer, 16, seed, 0.0, Ranks()).heldout[:], {}
+    rows = zip(columns["input_ids"].tolist(), columns["is_target"].argmax(1))
+    prompts = [ids[:start] for ids, start in rows]
+    numbers = [text.rstrip("=").split("+") for text in tokenizer.batch_decode(prompts)]
+    answers = [f"{int(a) + int(b):03d}"[::-1] for a, b in numbers]
     for key, temperature in (("greedy", 0), ("sampled", 1)):
         done = generate(model.eval(), prompts, 5, tokenizer.eos_token_id, temperature=temperature)
         texts = [tokenizer.decode(tokens) for tokens in done.tokens]
@@ -92,7 +91,7 @@ def one_run(args, what, name, seed):
     flags = dict(tools.PROOF_FLAGS, device=args.device, run_dir=run_dir, seed=seed)
     flags |= dict(num_heads=args.num_heads, batch_size=args.batch_size, value_batches=1)
     if is_sums:
-        flags |= dict(data=out / "sums.jsonl", pair_coef=0.0, seq_len=16)
+        flags |= dict(data="sums", pair_coef=0.0, seq_len=16)
     if what == "base":
         flags |= scratch | dict(max_steps=args.base_steps)
         flags |= ARMS["equal_all" if is_sums else "equal_correct"]
@@ -152,7 +151,6 @@ def cell(value):
 
 
 def plot(rows, file):
-    """Loss against preference, and the curve of the ratio's strength."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(layout="constrained")
@@ -183,9 +181,6 @@ def main():
         assert sources[name].count(old) == 1, f"critic_wmtp.py: not once: {old}"
         sources[name] = sources[name].replace(old, new)
         (out / f"{name}.py").write_text(sources[name])
-    if args.task == "sums":
-        records = [tools.json.dumps(record) + "\n" for record in sums()]
-        (out / "sums.jsonl").write_text("".join(records[:NUM_SUMS]))
     values = [("value", "window"), ("value", "mlp")][: 1 + ("mlp" in args.arms)]
     phases = [[("base", "policy")], values, [("arm", arm) for arm in args.arms]]
     seeds = range(args.first_seed, args.first_seed + args.seeds)
