@@ -154,13 +154,14 @@ def plot(rows, file):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(layout="constrained")
-    places = {row["name"]: (row["loss"], row["preference"]) for row in rows}
+    keys = ("loss to correct", "preference to correct")
+    places = {row["name"]: [(row[key] or [0])[0] for key in keys] for row in rows}
     curve = [places[name] for name in ("equal_all", "ratio", "ratio_8") if name in places]
     axes.plot(*np.array(curve).reshape(-1, 2).T, color="0.7", label="ratio, strength 0, 1, 8")
     for name, place in places.items():
         axes.plot(*place, "o", color="C0")
         axes.annotate(name, place, fontsize=7)
-    axes.set(xlabel="loss on correct held-out functions (nats)", ylabel="preference")
+    axes.set(xlabel="loss to equal_correct (nats)", ylabel="preference to equal_correct")
     axes.legend()
     figure.savefig(file, dpi=110)
 
