@@ -49,7 +49,7 @@ CHANGES = [  # arm, and lines of critic_wmtp.py before and after
 ]
 TASKS = {
     "bugs": dict(batch_size=8, steps=200, base_steps=500, value_steps=400, arms=list(ARMS)),
-    "sums": dict(batch_size=64, steps=800, base_steps=800, value_steps=800),
+    "sums": dict(batch_size=64, steps=800, base_steps=800, value_steps=1500),
 }
 TASKS["sums"]["arms"] = ["equal_correct", "equal_all", "ratio"]
 
@@ -91,7 +91,7 @@ def one_run(args, what, name, seed):
     flags = dict(tools.PROOF_FLAGS, device=args.device, run_dir=run_dir, seed=seed)
     flags |= dict(num_heads=args.num_heads, batch_size=args.batch_size, value_batches=1)
     if is_sums:
-        flags |= dict(data="sums", pair_coef=0.0, seq_len=16)
+        flags |= dict(data="sums", seq_len=16, pair_coef=0.0, value_lr=3e-3)
     if what == "base":
         flags |= scratch | dict(max_steps=args.base_steps)
         flags |= ARMS["equal_all" if is_sums else "equal_correct"]
