@@ -786,7 +786,7 @@ def full_state(module, ranks):
 
 # --------------------------------------------------------------------------------------------- data
 PARTS = ("train", "heldout")  # `part` of a document where its source has a split of its own
-PRESETS = ("stdlib", "stdlib:a", "stdlib:b", "stdlib-bugs", "mbpp")
+PRESETS = ("stdlib", "stdlib:a", "stdlib:b", "stdlib-bugs", "mbpp", "sums")
 CORRECT = 0.5  # a record is correct if its reward is above
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXTS = """.txt .md .rst .tex .py .pyi .c .h .cc .cpp .hpp .cu .cs .java .kt .scala .swift .js .ts
@@ -944,6 +944,8 @@ def _read_documents(name, tokenizer, ranks):
             texts = stdlib_texts()
             rows = stdlib_bugs(texts) if name == "stdlib-bugs" else ({"text": t} for t in texts)
             kind, content, sources = "source files of Python", texts, [(name, rows)]
+        elif name == "sums":
+            kind, content, sources = "sums", "", [(name, sums())]
         elif name == "mbpp" or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not is_file):
             where = dict(path=name, split="train")
             if name == "mbpp":
@@ -1158,6 +1160,25 @@ def mbpp_record(record):
     if number in range(511, 975):
         part = PARTS[0] if number >= 601 else PARTS[1]
     return {"prompt": re.sub("\r\n?", "\n", prompt), "completion": completion, "part": part}
+
+
+def sums():
+    """Yield the 10,000 sums of two numbers below 100 in a fixed order, every second answer wrong.
+
+    The answer to "37+58=" is "590": three digits, the last first, as carries come. One digit of a
+    wrong answer is another: the fault. A sum and its mirror (58+37) are held out together.
+    """
+    choose, pairs = random.Random(0), list(itertools.product(range(100), repeat=2))
+    choose.shuffle(pairs)
+    for number, (a, b) in enumerate(pairs):
+        answer, group = f"{a + b:03d}"[::-1], f"{min(a, b)}+{max(a, b)}"
+        record = dict(prompt=f"{a}+{b}=", completion=answer, reward=1.0, group=group)
+        if number % 2:
+            place = choose.randrange(3)
+            wrong = choose.choice("0123456789".replace(answer[place], ""))
+            record |= dict(completion=answer[:place] + wrong + answer[place + 1 :], reward=0.0)
+            record |= dict(fault_start=place, fault_end=place + 1)
+        yield record
 
 
 def _rewards(documents, name, score):

@@ -2,25 +2,28 @@
 
 Stage 1 learns V[t], the probability that a completion which begins with tokens 0..t turns out
 correct, from records with an outcome R. Stage 2 follows by itself. It trains the heads (2404.19737)
-with more weight on tokens after which V rises (advantage-weighted regression, 1910.00177; here the
-data are not sampled from the policy, advantages are whitened, and weights are bounded):
+on right and wrong records, with less weight on tokens at which V falls:
 
     BCE      = -R log V[t] - (1 - R) log(1 - V[t])      stage 1, mean over every prefix
-    delta[t] = gamma V[t] - V[t-1];  at the last token R - V[t-1]
-    A[t]     = sum_l (gamma gae_lambda)^l delta[t+l]    GAE, arXiv 1506.02438, eq. 16
-    s        = (A - mean) / deviation                   both moving over updates
-    u        = N softmax(s / temperature), bounded, mean 1
+    s[j]     = z[j+2] - z[j-3], less its mean over the record     --weights window; z = log odds V
+    s[j]     = sum_l gae_lambda^l (V[j+l] - V[j+l-1])             --weights advantage (1506.02438)
+    u[j]     = clip(exp(strength s' / 0.7), epsilon, 1) / mean    a gate: never above 1 / mean
+    u[t,k]   = clip((V[t+k] / V[t])^strength, epsilon, max_weight)     --weights ratio
     w        = lambda + (1 - lambda) u
     L        = 1/N * sum_t sum_k  m[t,k] * w[t+k] * CE[t,k]    stage 2, plus --value-coef * BCE
+
+By Bayes' rule p(x | prefix, correct) = p(x | prefix) V(prefix, x) / V(prefix). So with `ratio`, on
+all records and at strength 1, each head's minimiser is its distribution on correct ones. Head k has
+not seen the tokens between: here alone a token has a weight for each head. E[u | prefix] = 1.
 
     symbol   variable       meaning
     V[t]     logit_BT       before the sigmoid; of the prefix that ends with token t
     R        reward_B       outcome, 0 to 1; above 0.5 the record is correct
-    A, s, u  advantage_N .. of the valid targets of head 1 in a micro-step, over all ranks together
+    s'       score_N        s less its mean, over its deviation, both moving over updates
     CE[t,k]  loss_KBT       cross entropy (nats) of head k at position t for the token k places on
-    m[t,k]   targets_KBT    IGNORE where m = 0; wrong records have no targets (--train-on correct)
-    w[j]     weight_BT      weight of token j, whichever head predicts it; mean 1 over the targets
-    lambda   --lambda       1 is baseline_mtp.py to the last bit, 0 the bare algorithm
+    m[t,k]   targets_KBT    IGNORE where m = 0; with --train-on correct so are wrong records
+    w        weight_KBT     weight of token j, whichever head predicts it; of ratio w[t,k]
+    lambda   --lambda       1 is baseline_mtp.py to the last bit on the same records, 0 u alone
     N        num_valid      valid targets of head 1 in the update, over all ranks and micro-steps
 
 Commands:
@@ -43,18 +46,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 import tyro
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
-from common import CORRECT, IGNORE, Run, Sums, UsageError, active_heads, batch_rows, bounded_softmax
-from common import build_model, check_ranges, check_run_args, clip_gradients, control_weights
-from common import count_targets, describe, first_line, full_state, heldout_batches
+from common import CORRECT, IGNORE, Run, Sums, UsageError, active_heads, batch_rows, build_model
+from common import check_ranges, check_run_args, clip_gradients, control_weights, count_targets
+from common import describe, first_line, full_state, heldout_batches
 from common import imitate_all, learning_rate, load_batch, load_data, make_optimizer
 from common import micro_batch_rows, micro_batches, run_script, set_gradient_sync, setup_ranks
 from common import sha256, shard, weights_of_targets
 
 # Shapes: B sequences, T positions, K heads, D width, R ranks, N targets of all ranks, or rows.
+GATE_TEMPERATURE = 0.7  # deviations of the score by which u falls to 1/e
 
 
 @dataclass
@@ -105,35 +108,28 @@ class Args:
     checkpoint_dir: str = ""  # folder or URL of checkpoints; empty: checkpoints/ in the run folder
 
     # Algorithm specific arguments
-    lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.3  # share of equal weights, 0 to 1
-    temperature: float = 0.7  # of the softmax; small: few tokens take all the weight
-    epsilon: float = 0.05  # least u
-    max_weight: float = 3.0  # largest u
-    gamma: float = 1.0  # discount of the value of the next prefix
-    gae_lambda: float = 0.95  # 0: credit by the next value alone; 1: by the outcome alone
+    lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.0  # share of equal weights, 0 to 1
+    weights: Literal["window", "ratio", "advantage"] = "window"  # by log odds; exact; by GAE
+    strength: float = 1.0  # exponent of u; 0: equal weights; 1: the ratio is exact
+    epsilon: float = 0.05  # least u, before the division by the mean
+    max_weight: float = 3.0  # largest u of the ratio
+    gae_lambda: float = 0.95  # of the advantage; 0: a token's own step of V; 1: of all that follow
     value: Literal["separate", "frozen"] = "separate"  # trunk under V: a copy, or the policy's
     value_steps: int = 500  # updates of stage 1
     value_batches: int = 2  # batches of --batch-size rows in an update of stage 1
     value_lr: float = 1e-3  # peak learning rate of stage 1; 0: --lr
-    value_coef: float = 0.1  # share of the value loss in stage 2, unless V is separate
+    value_coef: float = 0.1  # share in stage 2 of the loss of a frozen V, with --train-on all
     pair_coef: float = 1.0  # share in stage 1 of the loss of pairs of both outcomes; 0: no pairs
     value_head: str = ""  # file value_head.safetensors of another run, instead of stage 1
     reward_model: str = ""  # Hugging Face sequence classifier that scores records without a reward
-    train_on: Literal["correct", "all"] = "correct"  # records to imitate; V learns from all
-    control: Literal["none", "shuffle", "random"] = "none"
-    """Weights without information: permuted in each completion, or drawn from all anew."""
+    train_on: Literal["correct", "all"] = "all"  # records to imitate; V learns from all
+    control: Literal["none", "shuffle", "random"] = "none"  # u permuted in a record, drawn anew
 
     def __post_init__(self):
         check_run_args(self)
-        unit_interval = dict.fromkeys(("lambda_", "epsilon", "gamma", "gae_lambda"), (0, 1))
-        at_least_0 = dict.fromkeys(("value_steps", "value_lr", "value_coef", "pair_coef"), (0, 1e9))
-        check_ranges(self, **unit_interval, **at_least_0, temperature=(1e-6, 1e6))
-        check_ranges(self, max_weight=(1, 1e9), value_batches=(1, 1e9))
-
-    @property
-    def trains_value(self):
-        """Stage 2 trains V too: it follows the trunk, unless it has its own or is not used."""
-        return self.value == "frozen" and self.lambda_ < 1 and self.value_coef > 0
+        check_ranges(self, lambda_=(0, 1), epsilon=(0, 1), gae_lambda=(0, 1), max_weight=(1, 1e9))
+        names = "strength value_steps value_lr value_coef pair_coef"
+        check_ranges(self, value_batches=(1, 1e9), **dict.fromkeys(names.split(), (0, 1e9)))
 
 
 # ------------------------------------------------------------------------------------- algorithm
@@ -160,49 +156,76 @@ def prefixes(batch):
     return batch.completion_BT | F.pad(batch.completion_BT[:, 1:], (0, 1))
 
 
-def advantages(value_BT, reward_B, completion_BT, gamma, gae_lambda):
-    """GAE (1506.02438, eq. 16) of every token of the completions, `[B, T]`; 0 elsewhere."""
-    is_last_BT = completion_BT & ~F.pad(completion_BT[:, 1:], (0, 1))
-    delta_BT = torch.where(is_last_BT, reward_B[:, None], gamma * value_BT)
-    delta_BT[:, 1:] -= value_BT[:, :-1]
-    action_BT = completion_BT.clone()
-    action_BT[:, 0] = False  # nothing stands before it, so it is never a target
-    delta_BT = delta_BT * action_BT
-    advantage_BT, shift = delta_BT, 1
-    while shift < value_BT.shape[1]:  # each turn doubles the number of tokens in the sum
-        later_BT = F.pad(advantage_BT[:, shift:], (0, shift))
-        advantage_BT = advantage_BT + (gamma * gae_lambda) ** shift * later_BT
-        shift *= 2
-    return advantage_BT * action_BT
+def window_scores(logit_BT, target_BT, reach=2):
+    """`z[j+2] - z[j-3]` of every target j, less its mean over the record, `[B, T]`.
+
+    The steps of z at the token and at `reach` to each side, as far as the completion goes.
+    """
+    step_BT = torch.diff(logit_BT, prepend=logit_BT[:, :1]) * target_BT
+    window_BT = F.pad(step_BT, (reach, reach)).unfold(1, 2 * reach + 1, 1).sum(-1)
+    count_B = target_BT.sum(1).clamp(min=1)
+    return window_BT - ((window_BT * target_BT).sum(1) / count_B)[:, None]
 
 
-def whiten(advantage_N, moments, decay=0.99):
-    """Advantages less their moving mean, over their moving deviation; updates `moments` `[3]`."""
-    if len(advantage_N) > 0:
-        new = torch.stack([torch.ones_like(moments[0]), advantage_N.mean()])
+def advantages(value_BT, reward_B, target_BT, gae_lambda):
+    """GAE (1506.02438, eq. 16, gamma 1) of every target, `[B, T]`.
+
+    The outcome's step, `R - V[T-1]`, is the advantage of the last token and enters no other.
+    """
+    delta_BT = torch.diff(value_BT, prepend=value_BT[:, :1])
+    is_last_BT = target_BT & ~F.pad(target_BT[:, 1:], (0, 1))
+    position_T = torch.arange(value_BT.shape[1], device=value_BT.device)
+    distance_TT = (position_T[:, None] - position_T).clamp(min=0)  # from column to row
+    share_TT = (gae_lambda ** distance_TT.to(value_BT.dtype)).tril()
+    advantage_BT = (delta_BT * (target_BT & ~is_last_BT)) @ share_TT
+    outcome_BT = reward_B[:, None] - F.pad(value_BT[:, :-1], (1, 0))
+    return torch.where(is_last_BT, outcome_BT, advantage_BT)
+
+
+def whiten(score_N, moments, decay=0.99):
+    """Scores less their moving mean, over their moving deviation; updates `moments` `[3]`."""
+    if len(score_N) > 0:
+        new = torch.stack([torch.ones_like(moments[0]), score_N.mean()])
         moments[:2] = decay * moments[:2] + (1 - decay) * new
-        deviation = (advantage_N - moments[1] / moments[0]).square().mean()
+        deviation = (score_N - moments[1] / moments[0]).square().mean()
         moments[2] = decay * moments[2] + (1 - decay) * deviation
     mean, deviation = moments[1] / moments[0], (moments[2] / moments[0]).sqrt()
-    return (advantage_N - mean) / (deviation + 1e-4)
+    return (score_N - mean) / (deviation + 1e-4)
 
 
 @torch.no_grad()
 def token_weights(batch, logit_BT, moments, key, args, ranks):
-    """Weight of every token of this rank, `[B, T]`; 1 where a token is no target.
+    """Weight of every head's targets, `[K, B, T]`; a token's own but for the ratio."""
+    valid_KBT = batch.targets_KBT != IGNORE
+    if args.weights == "ratio":
+        log_value_BT, weights = F.logsigmoid(logit_BT), []
+        for k, valid_BT in enumerate(valid_KBT, start=1):
+            score_BT = F.pad(log_value_BT[:, k:], (0, k)) - log_value_BT
+            weights.append(weigh(score_BT, valid_BT, moments, (*key, k), args, ranks))
+        return torch.stack(weights)
+    target_BT = F.pad(valid_KBT[0, :, :-1], (1, 0))
+    if args.weights == "window":
+        score_BT = window_scores(logit_BT, target_BT)
+    else:
+        value_BT = logit_BT.sigmoid()
+        score_BT = advantages(value_BT, batch.reward_B, target_BT, args.gae_lambda)
+    weight_BT = weigh(score_BT, target_BT, moments, key, args, ranks)
+    return weights_of_targets(weight_BT, len(valid_KBT))
 
-    Every rank computes all weights, so they are the same on any number of ranks.
-    """
-    value_BT, completion_BT = logit_BT.sigmoid(), batch.completion_BT
-    advantage_BT = advantages(value_BT, batch.reward_B, completion_BT, args.gamma, args.gae_lambda)
-    valid_BT = F.pad(batch.targets_KBT[0, :, :-1] != IGNORE, (1, 0))
-    gathered_R2BT = ranks.gather(torch.stack([advantage_BT, valid_BT.float()]))
-    advantage_RBT, valid_RBT = gathered_R2BT[:, 0], gathered_R2BT[:, 1] > 0
-    row_N = valid_RBT.flatten(0, 1).nonzero()[:, 0]
-    score_N = whiten(advantage_RBT[valid_RBT], moments)
-    u_N = bounded_softmax(score_N / args.temperature, args.epsilon, args.max_weight)
+
+def weigh(score_BT, valid_BT, moments, key, args, ranks):
+    """Weights by score where `valid_BT`, else 1, `[B, T]`; the same on any number of ranks."""
+    gathered_R2BT = ranks.gather(torch.stack([score_BT, valid_BT.float()]))
+    score_RBT, valid_RBT = gathered_R2BT[:, 0], gathered_R2BT[:, 1] > 0
+    score_N, row_N = score_RBT[valid_RBT], valid_RBT.flatten(0, 1).nonzero()[:, 0]
+    if args.weights == "ratio":
+        u_N = (args.strength * score_N).exp().clamp(args.epsilon, args.max_weight)
+    else:
+        score_N = whiten(score_N, moments) / GATE_TEMPERATURE
+        u_N = (args.strength * score_N).exp().clamp(args.epsilon, 1)
+        u_N = u_N / u_N.mean()  # clipped before: no outlier takes from the others
     u_N = control_weights(u_N, args.control, key, row_N)
-    weight_RBT = torch.ones_like(advantage_RBT)
+    weight_RBT = torch.ones_like(score_RBT)
     weight_RBT[valid_RBT] = 1 + (1 - args.lambda_) * (u_N - 1)  # lambda + (1 - lambda) u
     return weight_RBT[ranks.rank]
 
@@ -211,9 +234,8 @@ def token_weights(batch, logit_BT, moments, key, args, ranks):
 class Value(nn.Module):
     """Logit of V for every prefix, `[B, T]`: a running sum of evidence.
 
-    By Bayes' rule a token changes the log odds of the outcome by the logarithm of how much
-    likelier it is under the one outcome than under the other. It is read from the trunk's state and
-    from hashed embeddings of the last 2, 3, 4 and 6 tokens (2412.09871, section 3.2.1).
+    By Bayes' rule a token adds the logarithm of how much likelier it is under the one outcome. It
+    is read from the trunk and from hashes of the last 2 to 6 tokens (2412.09871, section 3.2.1).
     """
 
     SPANS, BUCKETS, WIDTH = (2, 3, 4, 6), 2**14, 16
@@ -222,7 +244,7 @@ class Value(nn.Module):
         super().__init__()
         self.trunk, width = None, policy.causal_lm.config.hidden_size
         if separate:
-            self.trunk = copy.deepcopy(policy.causal_lm.model)
+            self.trunk = copy.deepcopy(policy.causal_lm.model).requires_grad_(True)
             self.trunk.layers, self.trunk.norm = self.trunk.layers[:-1], nn.Identity()
         self.norm, self.inner = nn.LayerNorm(width), nn.Linear(width, width)
         self.outer = nn.Linear(width, 1)
@@ -252,19 +274,21 @@ class Value(nn.Module):
 
 
 class Critic(nn.Module):
-    """Policy, value (`--value-head` is read) and moving moments of the advantages."""
+    """Policy, value (`--value-head` is read) and moving moments of the scores."""
 
     def __init__(self, policy, args, ranks):
         super().__init__()
         self.policy, self.value = policy, Value(policy, args.value == "separate")
-        # Decayed sums of ones, of the advantages' means, and of their squared deviations
+        # Decayed sums of ones, of the scores' means, and of their squared deviations:
         self.moments = nn.Parameter(torch.zeros(3, device=ranks.device), requires_grad=True)
-        self.is_used, self.value_coef = args.lambda_ < 1, args.value_coef * args.trains_value
+        self.is_used, self.value_coef = args.lambda_ < 1, 0.0
+        if args.value == "frozen" and args.train_on == "all" and self.is_used:
+            self.value_coef = args.value_coef  # V follows the trunk through stage 2
         self.trunk_BTD, self.ranks, self.fingerprint = None, ranks, ""
         if args.value_head:
             try:
                 self.value.load_state_dict(load_file(args.value_head))
-            except (OSError, SafetensorError, RuntimeError) as error:
+            except Exception as error:  # of files and of sizes: they have no common class
                 reason = f"holds no --value {args.value} of this model ({first_line(error)})"
                 raise UsageError(f"--value-head {args.value_head}: {reason}") from None
             self.fingerprint = sha256(Path(args.value_head).read_bytes())
@@ -343,7 +367,7 @@ def train_value(critic, optimizer, data, run, micro_batch_size, args, ranks):
         run.log(step + 1, metrics)
     run.checkpoints.wait()
     if run.num_steps or args.value_head:
-        run.log(step, judge_value(critic, data, micro_batch_size, "value", ranks))
+        run.log(step, judge_value(critic, data, micro_batch_size, ranks))
         critic.save(run.folder / "value_head.safetensors")
 
 
@@ -352,34 +376,33 @@ def partners(rows, copies):
 
     With shares all rows count alike, though each comes with a partner (`copies` 2).
     """
-    is_correct_N = np.array(rows["reward"][:]) > CORRECT
-    siblings = collections.defaultdict(lambda: ([], []))
-    for number, sibling in enumerate(np.array(rows["sibling"][:]).tolist()):
-        siblings[sibling][int(is_correct_N[number])].append(number)
-    partner_N = np.arange(len(is_correct_N))
-    for wrong, right in siblings.values():
+    partner_N = np.arange(len(rows))
+    for wrong, right in siblings(rows):
         for numbers, others in ((wrong, right), (right, wrong)):
-            if others:
-                partner_N[numbers] = [others[i % len(others)] for i in range(len(numbers))]
+            partner_N[numbers] = np.resize(others or numbers, len(numbers))  # in turn
     drawn_N = 1 + np.bincount(partner_N, minlength=len(partner_N)) * (copies - 1)
     return partner_N, (1 / drawn_N).astype(np.float32)
+
+
+def siblings(rows):
+    """Numbers of the wrong and of the right rows of each task: pairs of two lists."""
+    tasks = collections.defaultdict(lambda: ([], []))
+    for number, (sibling, reward) in enumerate(zip(rows["sibling"][:], rows["reward"][:])):
+        tasks[int(sibling)][int(reward > CORRECT)].append(number)
+    return tasks.values()
 
 
 def load_records(args, tokenizer, ranks):
     """`load_data` of records with both outcomes; `--reward-model` scores those without a reward."""
     score = functools.partial(reward_scores, args.reward_model, ranks.device)
     data = load_data(args, tokenizer, ranks, score if args.reward_model else None)
-    outcomes = []
-    if "reward" in data.records.column_names:
-        rewards = [rows["reward"][:] for rows in (data.records, data.heldout)]
-        outcomes = [set((reward_N > CORRECT).tolist()) for reward_N in rewards]
-    if not outcomes or min(map(len, outcomes)) < 2:
+    parts = [part for part in (data.records, data.heldout) if "reward" in part.column_names]
+    outcomes = [len(np.unique(part["reward"][:] > CORRECT)) for part in parts]
+    if min(outcomes, default=1) < 2:
         needed = "right and wrong records: a column reward (0 to 1), or a --reward-model"
         raise UsageError(f"--data {args.data}: V needs {needed}")
-    if args.trains_value or args.train_on == "all":  # wrong records train V, or all are imitated
-        data.train = data.records
     if args.train_on == "all":
-        data.train = imitate_all(data.train)
+        data.train = imitate_all(data.records)
     return data
 
 
@@ -395,80 +418,62 @@ def reward_scores(name, device, prompts, completions):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
     except Exception as error:  # a broken folder raises errors without a common class
         raise UsageError(f"{flag}: no sequence classifier ({first_line(error)})") from None
-    num_labels = model.config.num_labels
-    if info["missing_keys"] or info["mismatched_keys"] or num_labels > 2:
-        raise UsageError(f"{flag}: no trained classifier with 1 or 2 outputs, but {num_labels}")
+    config, longest = model.config, getattr(model.config, "max_position_embeddings", None)
+    if info["missing_keys"] or info["mismatched_keys"] or config.num_labels > 2:
+        raise UsageError(f"{flag}: {config.num_labels} outputs; needs a trained one of 1 or 2")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    longest = getattr(model.config, "max_position_embeddings", None)
-    options = dict(model=model, tokenizer=tokenizer, device=device, top_k=None, batch_size=16)
-    options.update(truncation=longest is not None, max_length=longest)
+    config.pad_token_id = tokenizer.pad_token_id
+    options = dict(top_k=None, batch_size=16, truncation=longest is not None, max_length=longest)
+    options.update(model=model, tokenizer=tokenizer, device=device)
     classify = transformers.pipeline("text-classification", **options)
-    label = model.config.id2label[num_labels - 1]
-    texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
-    scores = [score for scores in classify(texts) for score in scores]
-    return np.array([score["score"] for score in scores if score["label"] == label])
+    texts = [p + c for p, c in zip(prompts, completions)]
+    scores = [{score["label"]: score["score"] for score in own} for own in classify(texts)]
+    return np.array([own[config.id2label[config.num_labels - 1]] for own in scores])
 
 
 # ------------------------------------------------------------------------------------- judgement
 @torch.no_grad()
-def judge_value(critic, data, micro_batch_size, name, ranks):
-    """`judge` on all held-out rows, printed and returned as `<name>/..`."""
+def judge_value(critic, data, micro_batch_size, ranks):
+    """`judge` on all held-out rows, printed and returned as `value/..`."""
     critic.eval()
     values = []
     for batch in heldout_batches(data.heldout, micro_batch_size, 1, ranks):
         value_BT = critic.logits(batch, run_policy=True).sigmoid()
         values.append(ranks.gather(value_BT).flatten(0, 1).cpu())
     critic.train()
-    figures = judge(torch.cat(values)[: len(data.heldout)].double().numpy(), data)
+    figures = judge(torch.cat(values)[: len(data.heldout)].double().numpy(), data.heldout)
     ranks.print("value     held-out: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
     if not figures["auc"] > max(0.5, figures["auc_position"]):
         ranks.print("warning   V tells the outcome no better than the position: weights are noise")
-    return {f"{name}/{key}": figure for key, figure in figures.items()}
+    return {f"value/{key}": figure for key, figure in figures.items()}
 
 
-def judge(value_NT, data):
+def judge(value_NT, rows):
     """How well V of the prefixes of held-out rows, `[N, T]`, tells their outcome.
 
     `auc`: of V after the last token; `auc_position`: of the length, up or down. `pairs`: share of
     (correct, wrong) siblings that V orders right, ties half. `fault_token`: share of the wrong
     records whose largest drop of V lies in the fault; `.._chance`: of a random token.
     """
-    columns = data.heldout[:]
+    columns = rows[:]
     is_target_NT, is_correct_N = columns["is_target"], columns["reward"] > CORRECT
     last_N = is_target_NT.shape[1] - 1 - is_target_NT[:, ::-1].argmax(1)
     end_N = value_NT[np.arange(len(last_N)), last_N]
-    by_length = roc_auc_score(is_correct_N, is_target_NT.sum(1))
-    figures = {"auc": float(roc_auc_score(is_correct_N, end_N))}
-    figures["auc_position"] = float(max(by_length, 1 - by_length))
-
-    siblings = collections.defaultdict(lambda: ([], []))
-    for sibling, is_correct, value in zip(columns["sibling"].tolist(), is_correct_N, end_N):
-        siblings[sibling][int(is_correct)].append(value)
-    pairs = [(r, w) for wrong, right in siblings.values() for r in right for w in wrong]
+    auc, by_length = (roc_auc_score(is_correct_N, x) for x in (end_N, is_target_NT.sum(1)))
+    figures = dict(auc=float(auc), auc_position=float(max(by_length, 1 - by_length)))
+    pairs = [(end_N[r], end_N[w]) for wrong, right in siblings(rows) for r in right for w in wrong]
     if pairs:
         figures["pairs"] = float(np.mean([(r > w) + (r == w) / 2 for r, w in pairs]))
-
-    hits, chances = [], []
+    hits = []
     for row in np.flatnonzero(~is_correct_N):
-        positions = np.flatnonzero(is_target_NT[row])
+        positions = 1 + np.flatnonzero(is_target_NT[row, 1:])  # no prefix before the first token
         is_fault = columns["is_noise"][row, positions]
         if is_fault.any():
             drop = value_NT[row, positions] - value_NT[row, positions - 1]
-            drop[positions == 0] = np.inf  # nothing stands before it
-            hits.append(is_fault[drop.argmin()])
-            chances.append(is_fault.mean())
+            hits.append((is_fault[drop.argmin()], is_fault.mean()))
     if hits:
-        figures["fault_token"] = float(np.mean(hits))
-        figures["fault_token_chance"] = float(np.mean(chances))
+        figures["fault_token"], figures["fault_token_chance"] = np.mean(hits, 0).tolist()
     return figures
-
-
-def finish_value(critic, run, step, data, micro_batch_size, ranks):
-    """Judge and save V where stage 2 has trained it further."""
-    if critic.value_coef > 0:
-        run.log(step, judge_value(critic, data, micro_batch_size, "value_end", ranks))
-        critic.save(run.folder / "value_head.safetensors")
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -523,12 +528,11 @@ def main(args):
             with ranks.autocast():
                 loss_KBT = model(batch.x_BT, batch.targets_KBT)
 
-            # ALGO LOGIC: V on the trunk's output of this pass; its advantages give the weights
+            # ALGO LOGIC: V on the trunk's output of this pass; its changes give the weights
             logit_BT, key = critic.logits(batch), (args.seed, step, number)
-            weight_BT = token_weights(batch, logit_BT, critic.moments, key, args, ranks)
+            weight_KBT = token_weights(batch, logit_BT, critic.moments, key, args, ranks)
             auxiliary = critic.value_coef * value_loss(logit_BT, batch) / num_prefixes
 
-            weight_KBT = weights_of_targets(weight_BT, num_heads)
             objective = (weight_KBT * loss_KBT).sum() / num_valid
             (objective + auxiliary).backward()
             sums.add(batch, loss_KBT, weight_KBT, objective=objective, auxiliary=auxiliary)
@@ -546,9 +550,7 @@ def main(args):
         metrics["perf/tokens_per_s"] = args.batch_size * args.seq_len / seconds
         run.log(step + 1, metrics)
         if step + 1 == args.max_steps:
-            run.write_weights(batch, weight_BT)
-
-    finish_value(critic, run, step, data, micro_batch_size, ranks)  # ALGO LOGIC
+            run.write_weights(batch, F.pad(weight_KBT[0, :, :-1], (1, 0)))
 
     # End: the model as others read it, and the held-out figures
     run.finish(model, tokenizer, data, heldout)

@@ -1,20 +1,19 @@
-"""Does a value head find the tokens that decide, and do its weights help?
+"""Do the critic's weights help, in likelihood and in preference? Runs, table, picture and JSON.
 
-    python benchmarks/critic_proof.py --out OUT
+    python benchmarks/critic_proof.py --out OUT                  five fresh seeds, 3 to 7
+    python benchmarks/critic_proof.py --out OUT2 --task sums     additions, half of them wrong
 
-For each seed (it fixes the held-out files too) a policy trains on the correct functions of
-stdlib-bugs (--base-steps), and a value of each kind on that policy. From the same policy, with
-equal numbers of updates:
+CLAIM, written before the first run: on the fresh seeds `window` has a lower loss and a higher
+preference than `equal_correct`, and a higher preference than `window_shuffled`; all three 95 %
+intervals exclude 0. Of sums: `ratio` is as often right as `equal_all` when greedy, and when sampled
+within 0.05 of that; `equal_all` imitates the errors: sampled, about half are right.
 
-    uniform      w = 1 on correct functions      critic     weights from a separate value
-    uniform_all  w = 1 on all functions          frozen     a value on the policy's frozen trunk
-    random       critic's weights, drawn anew    shuffle    critic's weights, permuted in a function
-
-Every run is the script as it stands, in a process of one thread. Judged: the script's own
-`value/..` figures, after stage 1 and (`value_end/..`) after stage 2; of the final models head 1's
-loss and accuracy on correct held-out functions, and preference: how often a function is likelier
-than its broken sibling, ties half. Differences to `uniform`: mean over seeds, with a 95 % interval
-from a paired bootstrap over the functions of all seeds. No peers: the arms compare.
+bugs: for each seed (it fixes the held-out files too) a policy trains on the correct functions of
+stdlib-bugs, a value on that policy, and from both each arm. Judged: head 1's loss on correct
+held-out functions; preference: how often a function is likelier than its broken sibling. sums: a
+policy trains on all records, a value on it, and each arm from scratch. Judged: the share of right
+answers to held-out sums. Every run is the script, some with CHANGES, in a process of one
+thread; the table has all runs in OUT. Intervals: paired bootstrap over the items of all seeds.
 """
 
 import shutil
@@ -22,86 +21,103 @@ from pathlib import Path
 
 import numpy as np
 import tools
+from common import IGNORE, Ranks, build_model, generate, imitate_all, load_data
+from critic_wmtp import siblings
 
+EQUAL, RATIO = {"lambda": 1, "value_head": None}, {"weights": "ratio"}
 ARMS = {
-    "uniform": {"lambda": 1, "value_steps": 0, "value_coef": 0},
-    "uniform_all": {"lambda": 1, "value_steps": 0, "value_coef": 0, "train_on": "all"},
-    "critic": {"value": "separate"},
-    "frozen": {"value": "frozen"},
-    "shuffle": {"value": "separate", "control": "shuffle"},
-    "random": {"value": "separate", "control": "random"},
+    "equal_correct": EQUAL | {"train_on": "correct"},
+    "equal_all": EQUAL,
+    "window": {},
+    "window_shuffled": {"control": "shuffle"},
+    "ratio": RATIO,
+    "ratio_shuffled": RATIO | {"control": "shuffle"},
+    "ratio_8": RATIO | {"strength": 8},
+    "advantage": {"weights": "advantage"},
+    "oracle": {"epsilon": 0, "strength": 10},  # 0 on known faults
+    "window_correct": {"train_on": "correct"},
 }
-KINDS = ("separate", "frozen")  # values with a stage 1
-FIGURES = ("auc", "auc_position", "pairs", "fault_token", "fault_token_chance")
-VALUE = dict(temperature=0.7, epsilon=0.05, max_weight=3.0, gamma=1.0)
-VALUE |= dict(value_lr=1e-3, value_coef=0.1, pair_coef=1.0, train_on="correct", control="none")
+PARTS = dict.fromkeys(["no_smoothing", "no_gate", "no_centring", "mlp"], {})  # the window without
+PARTS["ratio_8_gate"] = RATIO | {"strength": 8, "max_weight": 1}
+CHANGES = [  # arm, and lines of critic_wmtp.py before and after
+    ("oracle", "= window_scores(logit_BT, target_BT)", "= -batch.is_noise_BT.float()"),
+    ("no_smoothing", "target_BT, reach=2", "target_BT, reach=0"),
+    ("no_gate", "clamp(args.epsilon, 1)", "clamp(args.epsilon, args.max_weight)"),
+    ("no_centring", " - ((window_BT * target_BT).sum(1) / count_B)[:, None]", ""),
+    ("mlp", "trunk_BTD + self.mix(torch.cat(embedded, -1))", "trunk_BTD"),
+    ("mlp", "(evidence_BT * prefix_BT).cumsum(1)", "evidence_BT"),
+]
+TASKS = {
+    "bugs": dict(batch_size=8, steps=200, base_steps=500, value_steps=400, arms=list(ARMS)),
+    "sums": dict(batch_size=64, steps=800, base_steps=800, value_steps=1500),
+}
+TASKS["sums"]["arms"] = ["equal_correct", "equal_all", "ratio"]
 
 
-def judge(run_dir, seed, num_heads):
-    """Loss, correct and targets of every held-out function and of its broken sibling, head 1."""
-    import torch
+def judge_bugs(model, tokenizer, seed):
+    """`(loss, tokens)` of every held-out function; `(preferred to its broken sibling, 1)`."""
+    rows = load_data(tools.data_args("stdlib-bugs", seed=seed), tokenizer, Ranks()).heldout
+    loss_N, count_N = [], []
+    for batch, loss_BT, _ in tools.heldout_losses(model, imitate_all(rows), np.arange(len(rows))):
+        loss_N += loss_BT.sum(1).tolist()
+        count_N += (batch.targets_KBT[0] != IGNORE).sum(1).tolist()
+    pairs = [(right[0], wrong[0]) for wrong, right in siblings(rows) if right and wrong]
+    loss = [(loss_N[right], count_N[right]) for right, _ in pairs]
+    margins = [np.sign(loss_N[wrong] - loss_N[right]) for right, wrong in pairs]
+    return dict(loss=loss, preference=[((1 + margin) / 2, 1) for margin in margins])  # ties half
 
-    from common import IGNORE, Ranks, build_model, imitate_all, load_data
 
-    model, tokenizer = build_model(str(run_dir), num_heads)
-    data = load_data(tools.data_args("stdlib-bugs", seed=seed), tokenizer, Ranks())
-    rows, siblings = imitate_all(data.heldout), {}
-    for batch, loss_BT, correct_BT in tools.heldout_losses(model, rows, np.arange(len(rows))):
-        count = (batch.targets_KBT[0] != IGNORE).sum(1)
-        sums = torch.stack([loss_BT.sum(1), correct_BT.float().sum(1), count.float()], 1)
-        for number, figures in zip(batch.rows_B.tolist(), sums.tolist()):
-            row = rows[number]
-            side = "right" if row["reward"] > 0.5 else "wrong"
-            siblings.setdefault(str(row["sibling"]), {})[side] = figures
-    functions = {}
-    for name, sides in siblings.items():
-        if len(sides) == 2:
-            right, wrong = sides["right"], sides["wrong"]
-            preference = float(right[0] < wrong[0]) + 0.5 * (right[0] == wrong[0])
-            functions[name] = [*right, preference]
-    return functions
+def judge_sums(model, tokenizer, seed):
+    """`(right, 1)` of every held-out sum, greedy and sampled."""
+    data = load_data(tools.data_args("sums", seq_len=16, seed=seed), tokenizer, Ranks())
+    columns, figures = data.heldout[:], {}
+    rows = zip(columns["input_ids"].tolist(), columns["is_target"].argmax(1))
+    prompts = [ids[:start] for ids, start in rows]
+    numbers = [text.rstrip("=").split("+") for text in tokenizer.batch_decode(prompts)]
+    answers = [f"{int(a) + int(b):03d}"[::-1] for a, b in numbers]
+    for key, temperature in (("greedy", 0), ("sampled", 1)):
+        done = generate(model.eval(), prompts, 5, tokenizer.eos_token_id, temperature=temperature)
+        texts = [tokenizer.decode(tokens) for tokens in done.tokens]
+        figures[key] = [(float(text == answer), 1) for text, answer in zip(texts, answers)]
+    return figures
 
 
 def one_run(args, what, name, seed):
-    """One run of the base policy, a value or an arm; kept in a file."""
-    out = Path(args.out)
-    label = f"{what} {name} {seed}"
-    run_dir = out / label
-    flags = dict(tools.PROOF_FLAGS, data="stdlib-bugs", noise_frac=0.0, device=args.device)
-    flags |= dict(num_heads=args.num_heads, batch_size=args.batch_size, seed=seed, run_dir=run_dir)
-    script = "critic_wmtp.py"
+    """One run of a base policy, a value or an arm; kept in a file."""
+    out, is_sums, label = Path(args.out), args.task == "sums", f"{what} {name} {seed}"
+    run_dir, changed = out / label, out / f"{name}.py"
+    script = changed if changed.exists() else "critic_wmtp.py"
+    scratch = dict(model=args.model or out / "config.json", lr=3e-3, warmup_steps=40)
+    ready = dict(model=out / f"base policy {seed}", lr=1e-3, warmup_steps=20)
+    flags = dict(tools.PROOF_FLAGS, device=args.device, run_dir=run_dir, seed=seed)
+    flags |= dict(num_heads=args.num_heads, batch_size=args.batch_size, value_batches=1)
+    if is_sums:
+        flags |= dict(data="sums", seq_len=16, pair_coef=0.0, value_lr=3e-3)
     if what == "base":
-        script = "baseline_mtp.py"
-        flags |= dict(model=args.model or out / "config.json", lr=3e-3, max_steps=args.base_steps)
-        flags |= dict(warmup_steps=40)
+        flags |= scratch | dict(max_steps=args.base_steps)
+        flags |= ARMS["equal_all" if is_sums else "equal_correct"]
+    elif what == "value":
+        flags |= ready | dict(value_steps=args.value_steps, max_steps=1)
     else:
-        flags |= VALUE | dict(model=out / f"base policy {seed}", lr=1e-3, warmup_steps=20)
-        flags |= {"lambda": args.lambda_, "gae_lambda": args.gae_lambda}
-    if what == "value":
-        flags |= dict(value=name, value_steps=args.value_steps, value_batches=1, max_steps=1)
-        flags["value_coef"] = 0
-    if what == "arm":
-        flags |= dict(max_steps=args.steps, value_batches=1) | ARMS[name]
-        if "value" in ARMS[name]:
-            kind = ARMS[name]["value"]
-            flags["value_head"] = out / f"value {kind} {seed}" / "value_head.safetensors"
+        value = out / f"value {'mlp' if name == 'mlp' else 'window'} {seed}"
+        flags |= scratch if is_sums else ready
+        flags |= dict(max_steps=args.steps, value_head=value / "value_head.safetensors")
+        flags |= {**ARMS, **PARTS}[name]
 
     def work():
         shutil.rmtree(run_dir, ignore_errors=True)
         words = tools.as_flags(flags)
         tools.run_script(script, words, out / f"{label}.txt")
         lines = tools.read_metrics(run_dir)
-        judged = [
-            {key.split("/")[1]: value for key, value in line.items() if key.startswith("value")}
-            for line in lines
-            if {"value/auc", "value_end/auc"} & line.keys()
-        ]
-        figures = dict(what=what, name=name, seed=seed, judged=judged)
-        figures["command"] = " ".join([script, *words]).replace(str(out), "OUT")
+        command = " ".join([Path(script).name, *words]).replace(str(out), "OUT")
+        figures = dict(what=what, name=name, seed=seed, command=command)
+        if what == "value":
+            figures["value"] = next(line for line in lines if "value/auc" in line)
         if what == "arm":
-            figures["functions"] = judge(run_dir, seed, args.num_heads)
+            loaded = build_model(str(run_dir), args.num_heads)
+            figures["items"] = (judge_sums if is_sums else judge_bugs)(*loaded, seed)
             ess = [line["weights/ess_frac"] for line in lines if "weights/ess_frac" in line]
-            figures["ess_frac"] = float(np.mean(ess[-100:]))
+            figures["ess"] = float(np.mean(ess[-100:]))
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
         return figures
 
@@ -109,95 +125,80 @@ def one_run(args, what, name, seed):
 
 
 def summary(results):
-    """One row an arm: means over seeds, deviations, differences to uniform over all functions."""
-    runs = {(r["name"], r["seed"]): r for r in results if r["what"] == "arm"}
-    rows = []
-    for name in ARMS:
-        seeds = [seed for arm, seed in runs if arm == name and ("uniform", seed) in runs]
-        if not seeds:
-            continue
-        arm, uniform = [], []  # of each seed: `[functions, 4]`
-        for seed in seeds:
-            one, other = runs[name, seed]["functions"], runs["uniform", seed]["functions"]
-            names = sorted(one.keys() & other.keys())
-            arm.append(np.array([one[n] for n in names]))
-            uniform.append(np.array([other[n] for n in names]))
-        row = dict(name=name, seeds=seeds, functions=sum(map(len, arm)))
-        row["ess_frac"] = float(np.mean([runs[name, seed]["ess_frac"] for seed in seeds]))
-        both, base = np.concatenate(arm), np.concatenate(uniform)
-        for place, key in ((0, "loss"), (1, "acc"), (3, "preference")):
-            per_function = key == "preference"
-            count = np.ones(len(both)) if per_function else both[:, 2]
-            by_seed = [
-                float(a[:, place].sum() / (len(a) if per_function else a[:, 2].sum())) for a in arm
-            ]
-            row[key], row[f"{key}_sd"] = tools.mean_and_sd(by_seed)
-            row[f"{key}_seeds"] = by_seed
-            result = tools.difference_with_interval(both[:, place], base[:, place], count)
-            row[f"{key}_difference"], row[f"{key}_interval"] = result
+    """One row an arm: means over seeds, and differences to others on the seeds of both."""
+    runs, rows = {(r["name"], r["seed"]): r for r in results if r["what"] == "arm"}, []
+    for name in dict.fromkeys(name for name, _ in runs):
+        own = {seed: run for (arm, seed), run in runs.items() if arm == name}
+        row = dict(name=name, ess=float(np.mean([run["ess"] for run in own.values()])))
+        others = dict(correct="equal_correct", all="equal_all", shuffled=f"{name}_shuffled")
+        for key in next(iter(own.values()))["items"]:
+            totals = [np.sum(run["items"][key], 0) for run in own.values()]
+            row[key] = float(np.mean([total / count for total, count in totals]))
+            for label, other in others.items():
+                seeds = [seed for seed in own if (other, seed) in runs and other != name]
+                pairs = [[runs[n, seed]["items"][key] for n in (name, other)] for seed in seeds]
+                if pairs:
+                    one, two = np.concatenate(pairs, 1)
+                    result = tools.difference_with_interval(one[:, 0], two[:, 0], one[:, 1])
+                row[f"{key} to {label}"] = result if pairs else None
         rows.append(row)
     return rows
 
 
-def values_of(results):
-    """Figures of each kind of value after stage 1 and stage 2, mean and deviation over seeds."""
-    wanted = [("stdlib-bugs, stage 1", "value", kind, 0) for kind in KINDS]
-    wanted += [("stdlib-bugs, stage 2", "arm", "frozen", -1)]
-    rows = []
-    for where, what, name, place in wanted:
-        runs = [r for r in results if (r["what"], r["name"]) == (what, name) and r["judged"]]
-        if not runs:
-            continue
-        row = dict(where=where, name=name, seeds=len(runs))
-        for key in FIGURES:
-            each = [run["judged"][place][key] for run in runs if key in run["judged"][place]]
-            row[key], row[f"{key}_sd"] = tools.mean_and_sd(each) if each else (None, None)
-        rows.append(row)
-    return rows
+def cell(value):
+    if isinstance(value, tuple):
+        return f"{value[0]:+.4f} [{value[1][0]:+.4f}, {value[1][1]:+.4f}]"
+    return f"{value:.4f}" if isinstance(value, float) else value or ""
 
 
-def show(rows, values):
-    lines = []
-    for row in values:
-        figures = [
-            "" if row[key] is None else tools.with_sd(row[key], row[f"{key}_sd"], 3)
-            for key in FIGURES
-        ]
-        lines.append([row["name"], row["where"], *figures])
-    tools.print_table(["value", "after", *FIGURES], lines)
-    lines = []
-    for row in rows:
-        cells = [row["name"]]
-        for key in ("loss", "acc", "preference"):
-            cells += tools.difference_cells(row, key)
-        lines.append([*cells, f"{row['ess_frac']:.3f}"])
-    difference = "to uniform [95 %]"
-    header = ["weights", "loss (sd)", difference, "accuracy (sd)", difference]
-    tools.print_table([*header, "preference (sd)", difference, "ess"], lines)
+def plot(rows, file):
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(layout="constrained")
+    keys = ("loss to correct", "preference to correct")
+    places = {row["name"]: [(row[key] or [0])[0] for key in keys] for row in rows}
+    curve = [places[name] for name in ("equal_all", "ratio", "ratio_8") if name in places]
+    axes.plot(*np.array(curve).reshape(-1, 2).T, color="0.7", label="ratio, strength 0, 1, 8")
+    for name, place in places.items():
+        axes.plot(*place, "o", color="C0")
+        axes.annotate(name, place, fontsize=7)
+    axes.set(xlabel="loss to equal_correct (nats)", ylabel="preference to equal_correct")
+    axes.legend()
+    figure.savefig(file, dpi=110)
 
 
 def main():
-    parser = tools.proof_parser(__doc__, 200, 8, ARMS)
-    parser.add_argument("--base-steps", type=int, default=500)
-    parser.add_argument("--value-steps", type=int, default=400)
-    parser.add_argument("--lambda", dest="lambda_", type=float, default=0.3)
-    parser.add_argument("--gae-lambda", type=float, default=0.95)
+    parser = tools.proof_parser(__doc__, None, None, [*ARMS, *PARTS])
+    parser.set_defaults(seeds=5, arms=None)
+    parser.add_argument("--task", choices=TASKS, default="bugs")
+    parser.add_argument("--first-seed", type=int, default=3)
+    parser.add_argument("--base-steps", type=int)
+    parser.add_argument("--value-steps", type=int)
     args = parser.parse_args()
-    free = ("jobs", "seeds", "arms")  # what may change when it goes on
-    out, settings = tools.prepare_proof(args, free, num_layers=5)
-    phases = [[("base", "policy")], [("value", kind) for kind in KINDS]]
-    phases.append([("arm", arm) for arm in args.arms])
-    results = []
+    for name, value in TASKS[args.task].items():
+        setattr(args, name, getattr(args, name) or value)
+    out, settings = tools.prepare_proof(args, ("jobs", "seeds", "first_seed", "arms"), num_layers=5)
+    sources = dict.fromkeys([c[0] for c in CHANGES], (tools.ROOT / "critic_wmtp.py").read_text())
+    for name, old, new in CHANGES:
+        assert sources[name].count(old) == 1, f"critic_wmtp.py: not once: {old}"
+        sources[name] = sources[name].replace(old, new)
+        (out / f"{name}.py").write_text(sources[name])
+    values = [("value", "window"), ("value", "mlp")][: 1 + ("mlp" in args.arms)]
+    phases = [[("base", "policy")], values, [("arm", arm) for arm in args.arms]]
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
     for phase in phases:  # each needs the one before
-        tasks = [(args, *task, seed) for seed in range(args.seeds) for task in phase]
-        results += tools.run_jobs(one_run, tasks, args.jobs)
-    rows, values = summary(results), values_of(results)
+        tasks = [(args, *task, seed) for seed in seeds for task in phase]
+        tools.run_jobs(one_run, tasks, args.jobs)
+    results = [tools.json.loads(file.read_text()) for file in sorted(out.glob("* * *.json"))]
+    rows, values = summary(results), [r for r in results if "value" in r]
     record = dict(command=tools.command(), **tools.machine(args.device), settings=settings)
     record["seconds_of_runs"] = sum(result["seconds"] for result in results)
-    record["commands"] = [result["command"] for result in results if result["seed"] == 0]
+    record["commands"] = [r["command"] for r in results if r["seed"] == args.first_seed]
     tools.write_json(out / "critic_proof.json", {**record, "rows": rows, "values": values})
-    show(rows, values)
-    print(f"\n{out}/critic_proof.json")
+    print(*(f"V {v['name']} {v['seed']}: {v['value']}" for v in values), sep="\n")
+    tools.print_table(list(rows[0]), [map(cell, row.values()) for row in rows])
+    if args.task == "bugs":
+        plot(rows, out / "critic_proof.png")
 
 
 if __name__ == "__main__":

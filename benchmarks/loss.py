@@ -31,7 +31,6 @@ FORMS = {
     "stacked": "all heads' logits at once",
     "head by head": "a backward per head (Meta)",
     "trl": "TRL, ChunkedLogProbFunction",
-    "liger, torch": "Liger, chunk_forward of its chunked losses in torch",
     "liger": "Liger, LigerFusedLinearCrossEntropyLoss",
     "cce": "cut-cross-entropy, cce",
     "cce, torch": "cut-cross-entropy, torch_compile",
@@ -57,11 +56,6 @@ def losses_of(form, hidden_ND, weight_VD, targets_N):
         # temperature 1, its trainer's vocabulary chunk, no softcap, scale 1, no more outputs
         options = (1.0, 32768, None, 1.0, ())
         return -ChunkedLogProbFunction.apply(hidden_ND, weight_VD, None, targets_N, *options)[0]
-    if form == "liger, torch":
-        from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
-
-        chunk_forward = LigerFusedLinearPPOBase.chunk_forward
-        return -chunk_forward(hidden_ND[None], weight_VD, targets_N[None])[0]
     if form == "liger":
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 

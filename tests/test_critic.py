@@ -1,11 +1,12 @@
-"""critic_wmtp.py: outcomes, GAE and weights against slow loops, runs, bad input.
+"""critic_wmtp.py: outcomes, weights against slow loops and an exact toy, runs, bad input.
 
 Shapes: B batch, T positions, K heads, N valid targets or rows, D width.
 """
 
+import dataclasses
+import itertools
 import math
 import random
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -17,14 +18,15 @@ from safetensors.torch import load_file
 
 import baseline_mtp
 import critic_wmtp
-from common import IGNORE, Ranks, build_model, imitate_all, load_batch, load_data, load_tokenizer
+from common import IGNORE, Batch, Ranks, build_model, imitate_all, load_batch, load_data
+from common import load_tokenizer, make_targets, sums
 from conftest import data_args, make_reward_model, metrics_of, on_ranks, refused, run_main
-from conftest import same_tensors, short_args, slow_bounded, weights_of, write_lines
+from conftest import same_tensors, short_args, weights_of, write_lines
 from critic_wmtp import judge, pair_loss, partners, prefixes, reward_scores
 
 LENGTH = 32
 FREE = dict(epsilon=0.0, max_weight=1e9)  # bounds that bind nothing
-SIGNAL = dict(lambda_=0.0, **FREE)  # weights as the advantages give them
+FORMS = ["window", "ratio", "advantage"]
 
 
 def run_critic(folder, run_dir, **changes):
@@ -65,7 +67,7 @@ def rows_of(name, seq_len=LENGTH):
     return load_data(data_args(name, seq_len=seq_len), load_tokenizer(None), Ranks())
 
 
-def batch_of(folder, numbers, train_on="correct"):
+def batch_of(folder, numbers, train_on="all"):
     rows = rows_of(folder / "records.jsonl").records
     rows = imitate_all(rows) if train_on == "all" else rows
     return load_batch(rows, np.asarray(numbers), 3, "cpu")
@@ -103,76 +105,134 @@ def test_a_reward_model_scores_each_text_at_its_last_token(tmp_path, num_labels)
     assert reward_scores(name, "cpu", prompts, completions) == pytest.approx(expected, abs=1e-6)
 
 
-# --------------------------------------------------------------------------- advantages, weights
-def deltas(V, R, completion, gamma):
-    """TD errors by token, as a dict; token 0 has none."""
-    tokens = np.flatnonzero(completion).tolist()
-    return {t: (R if t == tokens[-1] else gamma * V[t]) - V[t - 1] for t in tokens if t > 0}
+# ------------------------------------------------------------------------------- scores, weights
+SCORES = [("window", 0.0), *(("advantage", gae_lambda) for gae_lambda in (0.95, 0.7, 0.0, 1.0))]
 
 
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.7), (1.0, 0.0), (0.9, 1.0)])
-def test_gae_is_the_double_sum(gamma, lam):
-    """Prompts of 0 to 5 tokens, completions of 1 to 8. Lambda 1: the sum telescopes."""
-    generator, completion_BT = np.random.default_rng(0), np.zeros((20, 14), bool)
-    for row in completion_BT:
+@pytest.mark.parametrize("form, gae_lambda", SCORES)
+def test_scores_equal_a_slow_loop_at_both_ends_of_records_too(form, gae_lambda):
+    """Prompts of 0 to 5 tokens, completions of 2 to 9: windows are cut at both ends."""
+    generator, target_BT = np.random.default_rng(0), np.zeros((20, 15), bool)
+    for row in target_BT:
         start = generator.integers(0, 6)
-        row[start : start + generator.integers(1, 9)] = True
-    value_BT, reward_B = generator.random((20, 14)), generator.random(20)
-    arrays = (torch.from_numpy(x) for x in (value_BT, reward_B, completion_BT))
-    advantage_BT = critic_wmtp.advantages(*arrays, gamma, lam)
-    for b, t in np.ndindex(20, 14):
-        delta = deltas(value_BT[b], reward_B[b], completion_BT[b], gamma)
-        later = [j for j in delta if j >= t and t in delta]
-        expected = sum((gamma * lam) ** (j - t) * delta[j] for j in later)
-        assert advantage_BT[b, t].item() == pytest.approx(expected, abs=1e-12)
-        if later and lam == 1:
-            end = gamma ** (max(delta) - t) * reward_B[b]
-            assert advantage_BT[b, t].item() == pytest.approx(end - value_BT[b, t - 1])
+        row[max(1, start) : start + generator.integers(2, 10)] = True  # token 0 is no target
+    V_BT, R_B = generator.random((20, 15)), generator.random(20)
+    value_BT, reward_B, targets_BT = map(torch.from_numpy, (V_BT, R_B, target_BT))
+    if form == "window":
+        score_BT = critic_wmtp.window_scores(torch.logit(value_BT), targets_BT)
+    else:
+        score_BT = critic_wmtp.advantages(value_BT, reward_B, targets_BT, gae_lambda)
+    for V, R, is_target, scores in zip(V_BT, R_B, target_BT, score_BT.tolist()):
+        targets, z = np.flatnonzero(is_target).tolist(), np.log(V / (1 - V))
+        first, last = targets[0] - 1, targets[-1]
+        if form == "window":
+            expected = [z[min(j + 2, last)] - z[max(j - 3, first)] for j in targets]
+            expected = np.array(expected) - np.mean(expected)
+        else:
+            powers = [[(i, gae_lambda ** (i - j)) for i in range(j, last)] for j in targets[:-1]]
+            expected = [sum(p * (V[i] - V[i - 1]) for i, p in later) for later in powers]
+            expected.append(R - V[last - 1])
+        assert [scores[j] for j in targets] == pytest.approx(expected, abs=1e-9)
 
 
-def token_weights(value_BT, batch, moments=None, ranks=None, key=(0, 0, 0), **changes):
-    args, logit_BT = critic_wmtp.Args(**changes), torch.logit(value_BT.float(), 1e-6)
+def head_weights(value_BT, batch, moments=None, ranks=None, key=(0, 0, 0), **changes):
+    args, logit_BT = critic_wmtp.Args(**changes), torch.logit(value_BT)
     moments = torch.zeros(3) if moments is None else moments
     return critic_wmtp.token_weights(batch, logit_BT, moments, key, args, ranks or Ranks())
 
 
+def token_weights(*arguments, **changes):
+    """Of every token the weight that head 1 gives it, `[B, T]`."""
+    return F.pad(head_weights(*arguments, **changes)[0, :, :-1], (1, 0), value=1)
+
+
 VARIANTS = [
-    SIGNAL,
-    dict(gae_lambda=0.5, gamma=0.9, temperature=1.5, **FREE),
-    dict(train_on="all", **FREE),
-    dict(),
-    dict(temperature=0.1, epsilon=0.2, max_weight=1.5),
+    dict(**FREE),
+    dict(strength=0.3, epsilon=0.5, lambda_=0.3, train_on="correct"),
+    dict(weights="advantage", gae_lambda=0.5),
+    dict(weights="ratio", strength=3.0, epsilon=0.2, max_weight=1.5, lambda_=0.2),
 ]
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_weights_equal_a_slow_loop_over_several_updates(critic, changes):
-    """In Python's float64: TD errors, double sum, moving mean and deviation, softmax, mixture."""
-    args, moments, slow = critic_wmtp.Args(**changes), torch.zeros(3), [0.0, 0.0, 0.0]
+def test_weights_follow_from_scores_over_several_updates(critic, changes):
+    """In NumPy: moving mean and deviation, gate, mean 1 over the targets, mixture; or ratios."""
+    args, moments, slow = critic_wmtp.Args(**changes), torch.zeros(3), np.zeros(3)
     for update in range(3):
         batch = batch_of(critic, np.arange(12 * update, 12 * update + 12), args.train_on)
         value_BT = torch.rand(batch.x_BT.shape, generator=torch.Generator().manual_seed(update))
-        weight_BT = token_weights(value_BT, batch, moments, **changes)
-        advantage, valid_BT, decay = {}, valid_of(batch), args.gamma * args.gae_lambda
-        for b in range(12):
-            V, R = value_BT[b].tolist(), batch.reward_B[b].item()
-            delta = deltas(V, R, batch.completion_BT[b], args.gamma)
-            for t in set(delta) & set(valid_BT[b].nonzero()[:, 0].tolist()):
-                advantage[b, t] = sum(decay ** (j - t) * delta[j] for j in delta if j >= t)
-        N = len(advantage)
-        slow[0] = 0.99 * slow[0] + 0.01
-        slow[1] = 0.99 * slow[1] + 0.01 * sum(advantage.values()) / N
-        centre = slow[1] / slow[0]
-        squares = sum((a - centre) ** 2 for a in advantage.values())
-        slow[2] = 0.99 * slow[2] + 0.01 * squares / N
-        deviation = math.sqrt(slow[2] / slow[0]) + 1e-4
-        powers = [math.exp((a - centre) / deviation / args.temperature) for a in advantage.values()]
-        u = slow_bounded([N * p / sum(powers) for p in powers], args.epsilon, args.max_weight)
-        expected = [args.lambda_ + (1 - args.lambda_) * value for value in u]
-        weights = [weight_BT[place].item() for place in advantage]
-        assert weights == pytest.approx(expected, rel=1e-4) and len(weights) == valid_BT.sum()
-        assert (weight_BT[~valid_BT] == 1).all()
-        assert weight_BT[valid_BT].mean().item() == pytest.approx(1, abs=1e-5)
+        weight_KBT = head_weights(value_BT, batch, moments, **changes).numpy()
+        valid_KBT, target_BT = (batch.targets_KBT != IGNORE).numpy(), valid_of(batch)
+        if args.weights == "ratio":
+            V_BT = value_BT.double().numpy()
+            u_KBT = np.stack([np.roll(V_BT, -k, 1) / V_BT for k in (1, 2, 3)]) ** args.strength
+            u_KBT = u_KBT.clip(args.epsilon, args.max_weight)
+        else:
+            numbers = (batch.reward_B, target_BT, args.gae_lambda)
+            score_BT = critic_wmtp.advantages(value_BT, *numbers)
+            if args.weights == "window":
+                score_BT = critic_wmtp.window_scores(torch.logit(value_BT), target_BT)
+            score_N = score_BT[target_BT].double().numpy()
+            slow[:2] = 0.99 * slow[:2] + 0.01 * np.array([1, score_N.mean()])
+            centre = slow[1] / slow[0]
+            slow[2] = 0.99 * slow[2] + 0.01 * ((score_N - centre) ** 2).mean()
+            deviation = np.sqrt(slow[2] / slow[0]) + 1e-4
+            power_BT = args.strength * (score_BT.numpy() - centre) / deviation / 0.7
+            gate_BT = np.exp(power_BT).clip(args.epsilon, 1)
+            mean = gate_BT[target_BT].mean()
+            u_KBT = np.stack([np.roll(gate_BT, -k, 1) / mean for k in (1, 2, 3)])
+            assert weight_KBT.max() <= 1 / mean + 1e-5
+        expected_KBT = args.lambda_ + (1 - args.lambda_) * u_KBT
+        np.testing.assert_allclose(weight_KBT[valid_KBT], expected_KBT[valid_KBT], rtol=1e-4)
+
+
+def test_the_ratio_makes_every_head_learn_its_distribution_on_correct_records():
+    """All 81 texts of 4 out of 3 symbols; V is exact. The minimiser is a weighted count."""
+    generator = np.random.default_rng(0)
+    x_BT = np.array(list(itertools.product([0], *[range(3)] * 4)))  # after a prompt of one token
+    p_B, R_B = generator.dirichlet(np.ones(81)), generator.random(81)
+
+    def expected(values_B, b, t, k=0, token=None):
+        """Sum of p times values over the texts that begin as b; k places on with the token."""
+        same_B = (x_BT[:, : t + 1] == x_BT[b, : t + 1]).all(1)
+        same_B &= True if token is None else x_BT[:, t + k] == token
+        return (p_B * values_B)[same_B].sum()
+
+    ones_B, completion_BT = np.ones(81), np.arange(5) > np.zeros((81, 1))
+    V_BT = [[expected(R_B, b, t) / expected(ones_B, b, t) for t in range(5)] for b in range(81)]
+    targets_KBT = torch.from_numpy(make_targets(x_BT, np.zeros_like(x_BT), completion_BT, 4))
+    batch = Batch(None, torch.from_numpy(x_BT), targets_KBT, None, None, None)
+    V_BT = torch.tensor(V_BT, dtype=torch.float64)
+    weight_KBT = head_weights(V_BT, batch, weights="ratio", **FREE).numpy()
+    for k, b, t in (targets_KBT != IGNORE).nonzero().tolist():
+        weight_B, head = weight_KBT[k, :, t], k + 1
+        mean = expected(weight_B, b, t) / expected(ones_B, b, t)
+        assert mean == pytest.approx(1)  # E[u | prefix]
+        for token in range(3):
+            minimiser = expected(weight_B, b, t, head, token) / expected(weight_B, b, t)
+            p_correct = expected(R_B, b, t, head, token) / expected(R_B, b, t)
+            assert minimiser == pytest.approx(p_correct, abs=1e-6)
+    product_B = weight_KBT[0, :, :4].prod(1)
+    assert product_B == pytest.approx((V_BT[:, -1] / V_BT[:, 0]).numpy())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_fault_gets_the_smallest_weight_and_without_a_change_of_V_all_weigh_1(critic, form):
+    batch = dataclasses.replace(batch_of(critic, np.arange(10)), reward_B=torch.zeros(10))
+    for place in (1, 3, 6):
+        value_BT = torch.full(batch.x_BT.shape, 0.8)
+        faults = [valid_of(batch)[b].nonzero()[place, 0].item() for b in range(10)]
+        for b, fault in enumerate(faults):
+            value_BT[b, fault:] = 0.1
+        weight_BT = token_weights(value_BT, batch, weights=form)
+        for b, fault in enumerate(faults):
+            near = slice(fault - 2, fault + 3)  # a window holds its neighbours' steps
+            others = torch.cat([weight_BT[b, : near.start], weight_BT[b, near.stop :]])
+            assert weight_BT[b, fault] <= weight_BT[b].min() + 1e-6 < others.min()
+    if form != "advantage":  # which knows the outcome, at the last token
+        assert (token_weights(torch.full_like(value_BT, 0.3), batch, weights=form) == 1).all()
+        told = dataclasses.replace(batch, reward_B=torch.ones(10))
+        assert torch.equal(weight_BT, token_weights(value_BT, told, weights=form))
 
 
 def test_losses_of_the_value_by_hand_and_what_they_leave_out(critic):
@@ -195,8 +255,10 @@ def test_losses_of_the_value_by_hand_and_what_they_leave_out(critic):
         pairs = sum(math.log(1 + math.exp(-margin)) for margin in margins if margin != 0)
         assert pair_loss(logit_BT, batch).item() == pytest.approx(pairs, rel=1e-5)
     mixed_BT = torch.where(prefix_BT & (batch.reward_B > 0.5)[:, None], value_BT, other_BT)
-    weights = [token_weights(v, batch, **SIGNAL) for v in (value_BT, mixed_BT)]
-    assert torch.equal(*weights)
+    right = batch_of(critic, np.arange(10), "correct")
+    for form in FORMS:
+        weights = [token_weights(v, right, weights=form) for v in (value_BT, mixed_BT)]
+        assert torch.equal(*weights)
 
 
 def test_controls_stay_inside_of_completions(critic):
@@ -205,7 +267,7 @@ def test_controls_stay_inside_of_completions(critic):
     valid_BT = valid_of(batch)
 
     def weights(control, step=0):
-        return token_weights(value_BT, batch, control=control, key=(0, step, 0), **SIGNAL)
+        return token_weights(value_BT, batch, control=control, key=(0, step, 0))
 
     plain_BT, shuffled_BT, drawn_BT = (weights(c) for c in ("none", "shuffle", "random"))
     assert torch.equal(shuffled_BT, weights("shuffle"))  # by seed and step
@@ -224,7 +286,7 @@ def weights_on_rank(ranks, folder):
     reward_N = np.array(rows_of(folder / "records.jsonl").records["reward"][:])
     numbers = [*np.flatnonzero(reward_N == 1)[:3], *np.flatnonzero(reward_N < 0.5)[:3]]
     value_BT = torch.rand((6, LENGTH), generator=torch.Generator().manual_seed(3))[rows]
-    batch = batch_of(folder, numbers[rows])
+    batch = batch_of(folder, numbers[rows], "correct")
     return [token_weights(value_BT, batch, ranks=ranks, control=c) for c in ("none", "shuffle")]
 
 
@@ -256,8 +318,8 @@ def test_gradients_go_where_they_should(critic, kind):
     loss_KBT = model(batch.x_BT, batch.targets_KBT)
     logit_BT = module.logits(batch, run_policy=kind == "separate")  # which learns in stage 1 only
     work = (module.moments, (0, 0, 0), critic_wmtp.Args(), Ranks())
-    weight_BT = critic_wmtp.token_weights(batch, logit_BT, *work)
-    assert logit_BT.requires_grad and not weight_BT.requires_grad
+    weight_KBT = critic_wmtp.token_weights(batch, logit_BT, *work)
+    assert logit_BT.requires_grad and not weight_KBT.requires_grad
     critic_wmtp.value_loss(logit_BT, batch).backward(retain_graph=True)
     moved = {n for n, p in module.named_parameters() if p.grad is not None and p.grad.any()}
     names = {f"value.{name}" for name, _ in module.value.named_parameters()}
@@ -265,7 +327,7 @@ def test_gradients_go_where_they_should(critic, kind):
     assert not any(name.startswith("policy.") for name in moved)
     assert any(n.startswith("value.trunk") for n in moved) == (kind == "separate")
     module.zero_grad()
-    (critic_wmtp.weights_of_targets(weight_BT, 3) * loss_KBT).sum().backward()
+    (weight_KBT * loss_KBT).sum().backward()
     assert not any(p.grad is not None and p.grad.any() for p in module.value.parameters())
     assert model.causal_lm.lm_head.weight.grad.any()
 
@@ -285,6 +347,8 @@ def test_the_logit_is_a_running_sum_of_evidence_on_the_trunk_of_the_policy(criti
         expected_BT[b, t] = sum(evidence_BT[b, i] for i in counted)
     logit_BT = module.logits(batch, run_policy=True)
     torch.testing.assert_close(logit_BT, expected_BT, rtol=1e-5, atol=1e-5)
+    told = dataclasses.replace(batch, reward_B=1 - batch.reward_B)
+    assert torch.equal(module.logits(told, run_policy=True), logit_BT)  # V never sees the outcome
 
 
 def test_judgement_by_hand():
@@ -299,19 +363,20 @@ def test_judgement_by_hand():
     value_NT[2, 8:] = 0.8
     value_NT[1, 3:9] = 0.7, 0.65, 0.6, 0.55, 0.5, 0.85  # most at the wrong letter
     value_NT[3, 4:] = 0.1  # most at the line feed behind it
-    figures = judge(value_NT, SimpleNamespace(heldout=rows))
+    figures = judge(value_NT, rows)
     expected = dict(auc=3 / 4, auc_position=0.5, pairs=1.0)  # 0.8 of a right one is below 0.85
     expected |= dict(fault_token=1 / 2, fault_token_chance=1 / 7)
     assert figures == pytest.approx(expected)
 
 
 # ------------------------------------------------------------------------------------ whole runs
-RUNS = [dict(), dict(value="frozen", control="random", max_weight=1.5)]
+RUNS = [dict(), dict(weights="ratio", value="frozen", control="random", max_weight=1.5)]
 
 
 @pytest.mark.parametrize("changes", RUNS, ids=str)
 def test_lambda_1_is_the_baseline_to_the_last_bit(critic, tmp_path, changes):
-    assert run_critic(critic, tmp_path / "run", lambda_=1.0, **changes) == 0
+    changes = changes | dict(lambda_=1.0, train_on="correct")
+    assert run_critic(critic, tmp_path / "run", **changes) == 0
     assert training_of(tmp_path / "run") == metrics_of(critic / "baseline")
     assert same_tensors(weights_of(tmp_path / "run"), weights_of(critic / "baseline"))
     assert training_of(critic / "weighted") != metrics_of(critic / "baseline")
@@ -347,10 +412,27 @@ def test_stage_1_learns_and_a_saved_value_takes_its_place(critic, tmp_path):
     assert not lines_with(again, "value/loss")
 
 
+def test_sums_are_right_but_for_one_digit_in_half_of_them():
+    records, loaded = list(sums()), rows_of("sums", 16)
+    assert records == list(sums()) and len({record["prompt"] for record in records}) == 10_000
+    assert sum(record["reward"] for record in records) == 5000
+    for record in records:
+        right = f"{eval(record['prompt'][:-1]):03d}"[::-1]
+        wrong = [i for i in range(3) if record["completion"][i] != right[i]]
+        assert len(wrong) == 1 - record["reward"]
+        assert not wrong or (wrong[0], wrong[0] + 1) == (record["fault_start"], record["fault_end"])
+    texts = (
+        load_tokenizer(None).batch_decode(r["input_ids"][:])
+        for r in (loaded.records, loaded.heldout)
+    )
+    train, heldout = ({frozenset(t.partition("=")[0].split("+")) for t in own} for own in texts)
+    assert not train & heldout and 900 < len(loaded.heldout) < 1100
+
+
 # ------------------------------------------------------------------------------------- bad input
 BAD = [  # rewards of records (None: of good records), flags, words
     ([1] * 60, {}, ["right and wrong records"]),
-    ([None] * 60, dict(reward_model="three"), ["--reward-model", "1 or 2 outputs, but 3"]),
+    ([None] * 60, dict(reward_model="three"), ["--reward-model", "3 outputs; needs"]),
     (None, dict(data="text.jsonl"), ["text.jsonl", "right and wrong", "--reward-model"]),
     (None, dict(value_head="nothing.safetensors"), ["--value-head", "No such file"]),
     (None, dict(lambda_=1.5), ["--lambda 1.5", "from 0 to 1"]),
