@@ -1163,22 +1163,21 @@ def mbpp_record(record):
 
 
 def sums():
-    """Yield the 10,000 sums of two numbers below 100 in a fixed order, every second answer wrong.
+    """Yield two records for each of the 10,000 sums of two numbers below 100, a right and a wrong.
 
     The answer to "37+58=" is "590": three digits, the last first, as carries come. One digit of a
     wrong answer is another: the fault. A sum and its mirror (58+37) are held out together.
     """
-    choose, pairs = random.Random(0), list(itertools.product(range(100), repeat=2))
-    choose.shuffle(pairs)
-    for number, (a, b) in enumerate(pairs):
+    choose = random.Random(0)
+    for a, b in itertools.product(range(100), repeat=2):
         answer, group = f"{a + b:03d}"[::-1], f"{min(a, b)}+{max(a, b)}"
-        record = dict(prompt=f"{a}+{b}=", completion=answer, reward=1.0, group=group)
-        if number % 2:
-            place = choose.randrange(3)
-            wrong = choose.choice("0123456789".replace(answer[place], ""))
-            record |= dict(completion=answer[:place] + wrong + answer[place + 1 :], reward=0.0)
-            record |= dict(fault_start=place, fault_end=place + 1)
-        yield record
+        common = dict(prompt=f"{a}+{b}=", group=group)
+        yield {**common, "completion": answer, "reward": 1.0}
+        place = choose.randrange(3)
+        wrong = choose.choice("0123456789".replace(answer[place], ""))
+        wrong = answer[:place] + wrong + answer[place + 1 :]
+        fault = dict(fault_start=place, fault_end=place + 1)
+        yield {**common, "completion": wrong, "reward": 0.0, **fault}
 
 
 def _rewards(documents, name, score):

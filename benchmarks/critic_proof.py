@@ -49,7 +49,7 @@ CHANGES = [  # arm, and lines of critic_wmtp.py before and after
 ]
 TASKS = {
     "bugs": dict(batch_size=8, steps=200, base_steps=500, value_steps=400, arms=list(ARMS)),
-    "sums": dict(batch_size=64, steps=800, base_steps=800, value_steps=1500),
+    "sums": dict(batch_size=64, steps=800, base_steps=800, value_steps=1000),
 }
 TASKS["sums"]["arms"] = ["equal_correct", "equal_all", "ratio"]
 
@@ -69,8 +69,9 @@ def judge_bugs(model, tokenizer, seed):
 
 def judge_sums(model, tokenizer, seed):
     """`(right, 1)` of every held-out sum, greedy and sampled."""
-    data = load_data(tools.data_args("sums", seq_len=16, seed=seed), tokenizer, Ranks())
-    columns, figures = data.heldout[:], {}
+    args, figures = tools.data_args("sums", seq_len=16, seed=seed), {}
+    heldout = load_data(args, tokenizer, Ranks()).heldout
+    columns = heldout[np.flatnonzero(heldout["reward"][:] > 0.5)]  # each sum once
     rows = zip(columns["input_ids"].tolist(), columns["is_target"].argmax(1))
     prompts = [ids[:start] for ids, start in rows]
     numbers = [text.rstrip("=").split("+") for text in tokenizer.batch_decode(prompts)]
@@ -92,7 +93,7 @@ def one_run(args, what, name, seed):
     flags = dict(tools.PROOF_FLAGS, device=args.device, run_dir=run_dir, seed=seed)
     flags |= dict(num_heads=args.num_heads, batch_size=args.batch_size, value_batches=1)
     if is_sums:
-        flags |= dict(data="sums", seq_len=16, pair_coef=0.0, value_lr=3e-3)
+        flags |= dict(data="sums", seq_len=16, value_lr=3e-3)
     if what == "base":
         flags |= scratch | dict(max_steps=args.base_steps)
         flags |= ARMS["equal_all" if is_sums else "equal_correct"]

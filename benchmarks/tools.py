@@ -164,7 +164,6 @@ def prepare_proof(args, free, num_layers):
 
 
 def data_args(data, **changes):
-    """Arguments of `load_data`."""
     defaults = dict(heldout_data="", seq_len=256, seed=0, noise_frac=0.0)
     return SimpleNamespace(data=data, **{**defaults, **changes})
 
