@@ -32,9 +32,8 @@ def measure(size, rounds, folder):
     sizes = dict(hidden_size=width, intermediate_size=wide, num_hidden_layers=layers)
     config = LlamaConfig(vocab_size=259, num_attention_heads=heads, **sizes)
     model = from_config(config, 4).train()
-    optimizer = make_optimizer(
-        model, tools.SimpleNamespace(lr=1e-4, heads_lr=1e-4, weight_decay=0.1)
-    )
+    rates = tools.SimpleNamespace(lr=1e-4, heads_lr=1e-4, weight_decay=0.1)
+    optimizer = make_optimizer(model, rates)
     state_mb = 3 * sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
     x_BT = torch.randint(0, 259, (4, 128))
     targets_KBT = torch.randint(0, 259, (4, 4, 128))

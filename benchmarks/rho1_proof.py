@@ -73,7 +73,6 @@ def judge(run_dir, data_name, noise, seed, num_heads, reference):
         document_BT = data.heldout[batch.rows_B]["document"]
         valid_BT = (batch.targets_KBT[0] != IGNORE).numpy()
         for document in np.unique(document_BT[document_BT >= 0]).tolist():
-            # targets end with their document, so a position and its target share it
             chosen_BT = valid_BT & (document_BT == document)
             sums = loss_BT.numpy()[chosen_BT].sum(), correct_BT.numpy()[chosen_BT].sum()
             before = documents.get(document, (0.0, 0.0, 0.0))
