@@ -60,7 +60,7 @@ class Args:
     """heads: heads 2..H alone; trunk and head 1 of a --model with weights stay as they are."""
 
     # Data
-    data: str = "stdlib"  # stdlib, stdlib:a or :b, stdlib-bugs, mbpp, a file, folder or hub name
+    data: str = "stdlib"  # stdlib(:a|:b), stdlib-bugs, sums, mbpp; a file, folder, URL or hub name
     heldout_data: str = ""  # held-out documents, named as --data; empty: a part of --data
     seq_len: int = 256  # tokens a row
     noise_frac: float = 0.0  # share of the training lines replaced by random characters
