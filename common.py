@@ -2192,9 +2192,12 @@ class RowCache(Cache):
         if layer_idx not in self.pairs:  # the prompts, from slot 0 on
             room = (0, 0, 0, self.capacity - keys.shape[2])
             self.pairs[layer_idx] = [F.pad(new, room) for new in (keys, values)]
-        row_B1 = torch.arange(len(keys), device=keys.device)[:, None]
         for kept, new in zip(self.pairs[layer_idx], (keys, values)):
-            kept[row_B1, :, self.position_BQ] = new.transpose(1, 2)
+            if self.is_aligned:  # all rows at the same slots: a copy takes a quarter of the time
+                kept[:, :, self.end - new.shape[2] : self.end] = new
+            else:
+                row_B1 = torch.arange(len(new), device=new.device)[:, None]
+                kept[row_B1, :, self.position_BQ] = new.transpose(1, 2)
         return tuple(kept[:, :, : self.end] for kept in self.pairs[layer_idx])
 
     def keep_rows(self, rows):
@@ -2272,7 +2275,8 @@ def read_tokens(model, cache, x_BQ, start_B):
     start_B1 = torch.tensor(start_B, device=x_BQ.device)[:, None]
     cache.position_BQ = start_B1 + torch.arange(num_tokens, device=x_BQ.device)
     cache.end = max(start_B) + num_tokens
-    num_masks = 1 if len(set(start_B)) == 1 else len(start_B)  # rows at one position share one
+    cache.is_aligned = len(set(start_B)) == 1
+    num_masks = 1 if cache.is_aligned else len(start_B)
     masks = attention_masks(decoder.config, cache.position_BQ[:num_masks], cache.end, dtype)
     options = dict(position_ids=cache.position_BQ, past_key_values=cache, use_cache=True)
     states = decoder(input_ids=x_BQ, attention_mask=masks, **options).last_hidden_state
