@@ -20,6 +20,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it,
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
 
 # Five layers: with four heads a trunk of one is left
 CONFIG = dict(model_type="llama", vocab_size=259, hidden_size=32, intermediate_size=64)
