@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 
@@ -23,6 +24,7 @@ def test_benchmarks_fit_their_ceiling():
     assert sum(len(file.read_text().splitlines()) for file in FOLDER.rglob("*.py")) <= 1600
 
 
+@pytest.mark.slow
 def test_every_benchmark_explains_itself():
     for name in SCRIPTS:
         done = run(FOLDER / name, "--help")
