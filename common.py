@@ -117,11 +117,7 @@ def run_script(main, args_class, doc):
     try:
         args = tyro.cli(args_class, description=doc, console_outputs=is_first)
         for name, value in vars(args).items():
-            values = [
-                re.sub(r"(?<=[^:/])/+$", "", os.path.expanduser(one)) if type(one) is str else one
-                for one in (value if isinstance(value, list) else [value])
-            ]
-            setattr(args, name, values if isinstance(value, list) else values[0])
+            setattr(args, name, without_slash(value))
         main(args)
     except UsageError as error:
         if is_first:
@@ -138,6 +134,14 @@ def run_script(main, args_class, doc):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def without_slash(value):
+    """An argument, or each of a list, with `~` as a home and no slash at the end."""
+    if isinstance(value, list):
+        return [without_slash(one) for one in value]
+    is_text = isinstance(value, str)
+    return re.sub(r"(?<=[^:/])/+$", "", os.path.expanduser(value)) if is_text else value
 
 
 def check_ranges(args, **limits):
@@ -157,10 +161,8 @@ def check_run_args(args):
     """
     fresh = is_fresh(args.model)
     if args.train == "heads" and (fresh or args.num_heads < 2):
-        words = f"--model {args.model}, --num-heads {args.num_heads}"
-        raise UsageError(
-            f"--train heads: needs a model with weights, and 2 heads or more ({words})"
-        )
+        given = f"--model {args.model} --num-heads {args.num_heads}"
+        raise UsageError(f"--train heads: {given}; needs a model with weights and 2 heads or more")
     if args.lr is None:
         args.lr = 3e-3 if fresh else 1e-5
     if args.heads_lr is None:
@@ -1543,8 +1545,8 @@ class Run:
         fixed = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
         self.identity = {"script": Path(script).stem, **fixed}
         sources = [sha256(file.read_bytes()) for file in self.files]
-        digest = sha256(json.dumps([self.identity, sources]).encode())[:8]
-        self.folder = Path(args.run_dir or f"runs/{Path(script).stem}-s{args.seed}-{digest}")
+        name = f"{Path(script).stem}-s{args.seed}-{digest([self.identity, sources])[:8]}"
+        self.folder = Path(args.run_dir or f"runs/{name}")
         self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
         flag = f"--run-dir {self.folder}"
         with ranks.rank_0_first() as is_first, errors_as(f"{flag}: cannot be read or written"):

@@ -158,7 +158,7 @@ def bytes_tokenizer():
     return transformers.ByT5Tokenizer(extra_ids=0)
 
 
-def make_reward_model(folder, num_labels, kind="LlamaForSequenceClassification"):
+def make_small_model(folder, num_labels, kind="LlamaForSequenceClassification"):
     """Save a small model with random weights and the bytes tokenizer; returns the folder's name."""
     import torch
     import transformers

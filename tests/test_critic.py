@@ -20,7 +20,7 @@ import baseline_mtp
 import critic_wmtp
 from common import IGNORE, Batch, Ranks, build_model, imitate_all, load_batch, load_data
 from common import load_tokenizer, make_targets, sums
-from conftest import data_args, make_reward_model, metrics_of, on_ranks, refused, run_main
+from conftest import data_args, make_small_model, metrics_of, on_ranks, refused, run_main
 from conftest import same_tensors, short_args, weights_of, write_lines
 from critic_wmtp import judge, pair_loss, partners, prefixes, reward_scores
 
@@ -92,7 +92,7 @@ def test_rows_with_their_partners_count_as_the_rows_alone():
 @pytest.mark.parametrize("num_labels", [1, 2])
 def test_a_reward_model_scores_each_text_at_its_last_token(tmp_path, num_labels):
     """Against its head on one text after the other, without padding."""
-    name = make_reward_model(tmp_path, num_labels)
+    name = make_small_model(tmp_path, num_labels)
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(name)
     prompts, expected = [f"{n} is" for n in range(20)], []
     completions = [" so" * (n % 5 + 1) for n in range(20)]
@@ -442,7 +442,7 @@ BAD = [  # rewards of records (None: of good records), flags, words
 @pytest.mark.parametrize("rewards, changes, words", BAD, ids=[str(words) for *_, words in BAD])
 def test_bad_input_is_refused_in_one_line(material, critic, tmp_path, rewards, changes, words):
     (tmp_path / "text.jsonl").symlink_to(material / "text.jsonl")
-    make_reward_model(tmp_path / "three", 3)
+    make_small_model(tmp_path / "three", 3)
     for name in changes.keys() & {"data", "reward_model", "value_head"}:
         changes = changes | {name: tmp_path / changes[name]}
     if rewards:

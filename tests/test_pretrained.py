@@ -15,8 +15,8 @@ import transformers
 import baseline_mtp
 import common
 import evaluate
-from conftest import CONFIG, bytes_tokenizer, metrics_of, refused, run_main, same_tensors
-from conftest import short_args, weights_of, write_lines
+from conftest import bytes_tokenizer, make_small_model, metrics_of, refused, run_main
+from conftest import same_tensors, short_args, weights_of, write_lines
 
 ROOT = Path(__file__).parents[1]
 CHANGES = dict(num_heads=3, train="heads", lr=None, save_every=2, keep_last=0, max_steps=4)
@@ -25,12 +25,7 @@ CHANGES = dict(num_heads=3, train="heads", lr=None, save_every=2, keep_last=0, m
 @pytest.fixture(scope="module")
 def plain(material, tmp_path_factory):
     """Folder of a plain model with random weights."""
-    folder = tmp_path_factory.mktemp("plain")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**CONFIG)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    bytes_tokenizer().save_pretrained(folder)
-    return folder
+    return Path(make_small_model(tmp_path_factory.mktemp("plain"), 1, "LlamaForCausalLM"))
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,16 @@ import baseline_mtp
 import rho1_wmtp
 from common import IGNORE, Batch, Ranks, batch_rows, bounded_softmax
 from common import load_batch, load_data, load_tokenizer, make_targets, weights_of_targets
-from conftest import CONFIG, data_args, metrics_of, on_ranks, refused, run_main, same_tensors
-from conftest import short_args, slow_bounded, small_texts, weights_of, write_lines
+from conftest import CONFIG, data_args, make_small_model, metrics_of, on_ranks, refused
+from conftest import (
+    run_main,
+    same_tensors,
+    short_args,
+    slow_bounded,
+    small_texts,
+    weights_of,
+    write_lines,
+)
 
 LENGTH, KEY = 32, (0, 0, 1)
 
@@ -309,9 +317,7 @@ def test_bad_input_is_refused_in_one_line(rho1, tmp_path, changes, words):
     for name, change in changed.items():
         transformers.LlamaConfig(**CONFIG | change).save_pretrained(tmp_path / name)
     transformers.ByT5Tokenizer(extra_ids=1).save_pretrained(tmp_path / "words")  # a token more
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).save_pretrained(
-        tmp_path / "start"
-    )
+    make_small_model(tmp_path / "start", 1, "LlamaForCausalLM")
     values = changes.items()
     changes = {k: v.format(folder=tmp_path) if isinstance(v, str) else v for k, v in values}
     refused(lambda: run_rho1(rho1, tmp_path / "run", **changes), *words)
