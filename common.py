@@ -8,7 +8,6 @@ Shapes: B sequences, T positions, K heads, V vocabulary, D width, N tokens or ro
 """
 
 import ast
-import collections
 import contextlib
 import copy
 import csv
@@ -42,6 +41,7 @@ import datasets
 import filelock
 import fsspec
 import numpy as np
+import pandas as pd
 import pyarrow.parquet
 import torch
 import torch.distributed as dist
@@ -787,12 +787,13 @@ def full_state(module, ranks):
 
 
 # --------------------------------------------------------------------------------------------- data
-PARTS = ("train", "heldout")  # `part` of a document where its source has a split of its own
 PRESETS = ("stdlib", "stdlib:a", "stdlib:b", "stdlib-bugs", "mbpp", "sums")
 CORRECT = 0.5  # a record is correct if its reward is above
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXTS = """.txt .md .rst .tex .py .pyi .c .h .cc .cpp .hpp .cu .cs .java .kt .scala .swift .js .ts
     .jsx .tsx .go .rs .rb .php .pl .lua .jl .r .sh .sql .html .css .xml .yaml .yml .toml""".split()
+LAYOUTS = "task_id text code test_list, messages, instruction input output, instruction output, "
+LAYOUTS += "prompt completion, text, content"  # columns of a row; the first that are there count
 DOCUMENT = {  # columns of a document, and what they hold where a source does not have them
     "prompt": "", "completion": "", "is_chat": False, "reward": math.nan, "part": "",
     "group": "", "sibling": "", "fault_start": -1, "fault_end": -1,
@@ -823,14 +824,13 @@ class Data:
 def load_data(args, tokenizer, ranks, score=None):
     """Read, split by document, tokenise once into a cache, and memory-map what `--data` names.
 
+    Rank 0 does this alone; every rank must see the folder of the cache (`HF_HOME`).
+
     Args:
-        args.data: a preset, a file, a glob, a URL, a folder of texts, or a hub name. Rows of JSON,
-            CSV and Parquet have `text` or `content`; or `prompt` and `completion` (texts, or
-            messages for the tokenizer's chat template) and, where it is known, `reward` from 0 to
-            1; or `messages`, of which each turn of the assistant is a completion; or
-            `instruction`, `input` and `output`.
+        args.data: a preset, a file, a glob, a URL, a folder of texts, or a hub name. Rows have
+            `text` or `content`; `prompt` and `completion` (texts, or messages) and perhaps `reward`
+            from 0 to 1; `messages`; or `instruction`, `input` and `output`.
         args.heldout_data: held-out documents, named so too; empty: a part of `args.data`.
-        args.seq_len: tokens a row.
         args.seed: fixes which documents are held out. `stdlib:a` and `stdlib:b` train on one half
             each of what `stdlib` trains on with seed 0, and hold out the same, whatever the seed.
         args.noise_frac: share of the non-blank training lines replaced by random characters.
@@ -840,77 +840,58 @@ def load_data(args, tokenizer, ranks, score=None):
         UsageError: no such data, a row that cannot be used, or no document left that fits.
     """
     check_ranges(args, noise_frac=(0, 1), seq_len=(2, 1e9))
+    datasets.disable_progress_bars()
     folder = Path(datasets.config.HF_DATASETS_CACHE, "wmtp")
     with errors_as(f"{folder}: cannot be written; set HF_HOME"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    with ranks.rank_0_first() as is_first:  # rank 0 fills the cache, the others then read it
-        data = _load_data(args, tokenizer, ranks, score) if is_first else None
-    return data or _load_data(args, tokenizer, ranks, score)
+    with ranks.rank_0_first() as is_first:
+        data = _load_data(args, tokenizer, score) if is_first else None
+    return ranks.broadcast(data)
 
 
-def _load_data(args, tokenizer, ranks, score):
-    datasets.disable_progress_bars()
-    name, seq_len, seed = args.data, args.seq_len, args.seed
-    half = name.partition("stdlib:")[2] if name in PRESETS else ""
-    documents = _read_documents("stdlib" if half else name, tokenizer, ranks)
-    if args.heldout_data:
-        documents = _with_heldout(documents, args.heldout_data, tokenizer, ranks)
-    reward_N, has_outcomes = _rewards(documents, name, score)
-    train_N, heldout_N = _split(documents, has_outcomes, 0 if half else seed, name)
-    if half:  # by the text, so that copies of a file fall into one half
-        sides = [zlib.crc32(t.encode("utf-8", "replace")) % 2 for t in documents["completion"]]
-        train_N = train_N[np.array(sides)[train_N] == "ab".index(half)]
-    siblings = [d["sibling"] or d["prompt"] for d in documents]
-    sibling_N = np.unique(siblings, return_inverse=True)[1]
-    tokenizer_key = _tokenizer_fingerprint(tokenizer)
-    is_packed, is_chat = not has_outcomes and not any(documents["prompt"]), documents[0]["is_chat"]
-    rules = [inspect.getsource(rule) for rule in (_pack, encode_spans, _pieces)]
-
-    parts, fingerprints = {}, []
-    for part, number_N, noise in (
-        ("training", train_N, args.noise_frac),
-        ("held-out", heldout_N, 0.0),
-    ):
-        chosen = documents.select(number_N)
-        fingerprints.append(digest([_texts(document) for document in chosen]))
-        made_of = [fingerprints[-1], is_packed, is_chat, tokenizer_key, seq_len, noise]
-        key = digest([rules, *made_of, seed if noise else 0])
-        rows = _pack(chosen, is_packed, is_chat, tokenizer, seq_len, noise, seed, key)
-        if len(rows) == 0:
-            reason = f"no record fits --seq-len {seq_len}" if len(number_N) else "no document"
-            raise UsageError(f"--data {name}: nothing for the {part} part ({reason})")
+def _load_data(args, tokenizer, score):
+    documents = _documents(args, tokenizer, score)
+    has_outcomes = documents["reward"].notna().any()
+    is_packed = not has_outcomes and not documents["prompt"].any()
+    rows, fingerprints = {}, []
+    for part in ("training", "held-out"):
+        chosen = documents[documents["part"] == part].fillna({"reward": 1.0})
+        noise_frac = args.noise_frac if part == "training" else 0.0
+        packed = _pack(chosen, is_packed, tokenizer, args.seq_len, noise_frac, args.seed)
+        kept = chosen
         if not is_packed:
-            if lost := len(number_N) - len(rows):
-                number = f"{lost} of {len(number_N)} {part} records"
-                ranks.print(f"data      left out {number}: longer than --seq-len {seq_len} tokens")
-            number_N = number_N[np.array(rows["document"][:]).max(1)]
+            kept = chosen.iloc[packed["document"][:].reshape(-1, args.seq_len)[:, 0]]
+        if len(kept) < len(chosen):
+            number = f"{len(chosen) - len(kept)} of {len(chosen)} {part} records"
+            print(f"data      left out {number}: longer than --seq-len {args.seq_len} tokens")
+        if not (kept["reward"] > CORRECT).any():
+            needed = f"fits --seq-len {args.seq_len} and has no reward up to {CORRECT}"
+            raise UsageError(f"--data {args.data}: no {part} document {needed}")
+        fingerprints.append(digest(_texts(chosen)))
         if has_outcomes:
-            rows = rows.add_column("reward", reward_N[number_N])
-            rows = rows.add_column("sibling", sibling_N[number_N])
-            if reward_N[number_N].max() <= CORRECT:
-                reward = f"no {part} record has a reward above {CORRECT}"
-                raise UsageError(f"--data {name}: {reward}")
-            fingerprints.append(digest(reward_N[number_N].tolist()))
-        parts[part] = rows.with_format("numpy")
+            packed = packed.add_column("reward", kept["reward"].to_numpy())
+            packed = packed.add_column("sibling", kept["sibling"].to_numpy())
+            fingerprints.append(digest(kept["reward"].tolist()))
+        rows[part] = packed.with_format("numpy")
 
-    train, heldout = parts["training"], parts["held-out"]
-    is_target_NT = heldout[:]["is_target"]
+    train = records = rows["training"]
     if has_outcomes:  # batches hold no row that is not imitated
-        train = train.select(np.flatnonzero(train["reward"][:] > CORRECT))
-        is_target_NT = is_target_NT[reward_N[number_N] > CORRECT]
-        number_N = number_N[reward_N[number_N] > CORRECT]  # of held-out records: the last part
-    texts = documents.select(number_N)["completion"][:]
-    stream = "".join(texts).encode("utf-8", "replace")
+        train = records.select(np.flatnonzero(records["reward"][:] > CORRECT))
+    is_correct_D = (chosen["reward"] > CORRECT).to_numpy()  # of held-out documents
+    document_NT = packed["document"][:]
+    is_measured_NT = packed["is_target"][:] & is_correct_D[document_NT]
+    texts = chosen["completion"].iloc[np.unique(document_NT[is_measured_NT])].tolist()
+    stream = "".join(texts).encode()
     return Data(
         train=train,
-        records=parts["training"],
-        heldout=heldout,
+        records=records,
+        heldout=rows["held-out"],
         fingerprint=digest(fingerprints),
-        tokenizer_fingerprint=tokenizer_key,
+        tokenizer_fingerprint=_tokenizer_fingerprint(tokenizer),
         heldout_fingerprint=digest(texts),
         heldout_bytes=len(stream),
-        heldout_tokens=int(is_target_NT.sum()),
+        heldout_tokens=int(is_measured_NT.sum()),
         zlib_bits_per_byte=8 * len(zlib.compress(stream, 9)) / len(stream),
     )
 
@@ -928,112 +909,142 @@ def _tokenizer_fingerprint(tokenizer):
     return digest(parts)
 
 
-def _texts(document):
-    """A document as its text, or as prompt and completion."""
-    return [text for text in (document["prompt"], document["completion"]) if text]
+def _texts(documents):
+    """Each document as a list of its text, or of prompt and completion."""
+    pairs = zip(documents["prompt"], documents["completion"])
+    return [[text for text in pair if text] for pair in pairs]
 
 
-def _read_documents(name, tokenizer, ranks):
-    """Documents of `--data` with the columns of DOCUMENT, cached under a hash of their content.
+def _documents(args, tokenizer, score):
+    """A table with the columns of DOCUMENT; of `part`, training and held-out are used.
+
+    `reward` is a number everywhere or nowhere.
+    """
+    name, half = args.data, args.data.partition("stdlib:")[2] if args.data in PRESETS else ""
+    table = _read_documents("stdlib" if half else name, tokenizer)
+    if args.heldout_data:
+        heldout = _read_documents(args.heldout_data, tokenizer)
+        texts = table["prompt"] + table["completion"]
+        if number := (heldout["prompt"] + heldout["completion"]).isin(texts).sum():
+            print(f"warning   {number} documents of --heldout-data are in --data too")
+        parts = [table.assign(part="training"), heldout.assign(part="held-out")]
+        table = pd.concat(parts, ignore_index=True)
+    if table["is_chat"].nunique() > 1:
+        raise UsageError(f"--data {name}: holds messages and plain texts; name one kind alone")
+
+    is_lacking_N = table["reward"].isna()
+    if score is not None and is_lacking_N.any():
+        columns = [table.loc[is_lacking_N, column].tolist() for column in ("prompt", "completion")]
+        table.loc[is_lacking_N, "reward"] = score(*columns)
+    elif 0 < is_lacking_N.sum() < len(table):
+        number = f"{is_lacking_N.sum()} of {len(table)} documents have no reward"
+        raise UsageError(f"--data {name}: {number}; --reward-model scores them")
+    siblings = table["sibling"].where(table["sibling"] != "", table["prompt"])
+    table["sibling"] = pd.factorize(siblings, sort=True)[0]
+
+    if not table["part"].any():
+        table["part"] = _split(table, 0 if half else args.seed, name)
+    if half:  # by the text, so that copies of a file fall into one half
+        sides = table["completion"].map(lambda text: "ab"[zlib.crc32(text.encode()) % 2])
+        table = table[(sides == half) | (table["part"] == "held-out")]
+    return table
+
+
+def _split(documents, seed, name):
+    """`part` of each document, training or held-out, `[N]`.
+
+    Groups (a text and its copies, or the records of one prompt) are held out in the order of a hash
+    of (seed, text) until 3 % of the bytes (10 % of records with outcomes; at most 4 MB) are
+    reached. The group that reaches them is held out too, which favours no length.
+    """
+    table = pd.DataFrame({"hash": [digest([seed, texts]) for texts in _texts(documents)]})
+    table["bytes"] = [len(text.encode()) for text in documents["completion"]]
+    table["group"], share = table["hash"], 0.03
+    if documents["reward"].notna().any():
+        groups = documents["group"].where(documents["group"] != "", documents["prompt"])
+        table["group"], share = groups.tolist(), 0.1
+    groups = table.groupby("group", sort=False).agg({"hash": "min", "bytes": "sum"})
+    if len(groups) < 2:
+        raise UsageError(f"--data {name}: holds one text, prompt or group; the split needs two")
+    groups = groups.sort_values("hash", kind="stable")
+    before = groups["bytes"].cumsum() - groups["bytes"]
+    is_heldout = before < min(4_000_000, share * groups["bytes"].sum())
+    is_heldout.iloc[-1] = False
+    return table["group"].map(is_heldout).map({True: "held-out", False: "training"}).to_numpy()
+
+
+def _read_documents(name, tokenizer):
+    """Documents of `--data` as a table with the columns of DOCUMENT, cached.
 
     It says what was read and how many documents are empty; those are left out. A single text is cut
     into 100 documents of one length, so that some can be held out.
     """
-    path = Path(name).expanduser()
-    is_file = path.exists() or _suffix(name) in {*TABLES, *TEXTS}
     with errors_as(f"--data {name}: cannot be read"):
-        if name in ("stdlib", "stdlib-bugs"):
-            texts = stdlib_texts()
-            rows = stdlib_bugs(texts) if name == "stdlib-bugs" else ({"text": t} for t in texts)
-            kind, content, sources = "source files of Python", texts, [(name, rows)]
-        elif name == "sums":
-            kind, content, sources = "sums", "", [(name, sums())]
-        elif name == "mbpp" or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not is_file):
-            where = dict(path=name, split="train")
-            if name == "mbpp":
-                where = dict(path="google-research-datasets/mbpp", name="full", split="all")
-            loaded = datasets.load_dataset(**where)
-            kind, content, sources = "data set", loaded._fingerprint, [(name, loaded)]
-        else:
-            files = _files(name, path, ranks)
-            kind = " and ".join(sorted({_suffix(file)[1:] for file in files}))
-            content = [[_suffix(file), _content_hash(file)] for file in files]
-            sources = ((file, _file_rows(file)) for file in files)
+        kind, content, sources = _source(name)
 
         def documents():
             for file, rows in sources:
                 with errors_as(f"--data {file}: cannot be read"):
-                    number = 0
                     for number, row in enumerate(rows, start=1):
-                        place = f"--data {file}: row {number}"
-                        with errors_as(f"{place}: cannot be read"):
-                            made = [_document(turn, place, tokenizer) for turn in _turns(row)]
+                        with errors_as(f"--data {file}: row {number}: cannot be read"):
+                            made = _documents_of_row(row, tokenizer)
                         yield from (DOCUMENT | document for document in made)
-                    if number == 0:
-                        raise ValueError("it holds no rows")
 
-        types = {str: "large_string", float: "float64", int: "int64", bool: "bool"}
-        schema = datasets.Features({c: datasets.Value(types[type(v)]) for c, v in DOCUMENT.items()})
         rules = [Path(__file__).read_text(), sys.version, tokenizer.chat_template]
         key = digest([name, content, rules])
-        loaded = datasets.Dataset.from_generator(documents, features=schema, fingerprint=key)
+        read = datasets.Dataset.from_generator(documents, fingerprint=key).to_pandas()
 
-    kept_N = np.flatnonzero([len(text) > 0 for text in loaded["completion"]])
-    if len(kept_N) == 0:
-        raise UsageError(f"--data {name}: all of its {len(loaded)} documents are empty")
-    first, num_empty = loaded[int(kept_N[0])], len(loaded) - len(kept_N)
-    start = repr("".join(_texts(first))[:60])  # no control characters for the terminal
-    notes = f", {num_empty:,} empty ones left out" if num_empty else ""
-    if num_marked := sum(text.endswith(tokenizer.eos_token) for text in loaded["completion"]):
-        notes += f", {num_marked:,} end in {tokenizer.eos_token} as text, and EOS follows"
-    ranks.print(f"data      read as {kind}: {len(kept_N):,} document(s){notes}; the first: {start}")
-    if len(set(loaded.select(kept_N)["is_chat"])) > 1:
-        raise UsageError(f"--data {name}: holds messages and plain texts; name one kind alone")
-    if len(kept_N) > 1 or first["prompt"]:
-        return loaded.select(kept_N)
-    text, cuts = first["completion"], np.linspace(0, len(first["completion"]), 101).astype(int)
-    pieces = [text[a:b] for a, b in itertools.pairwise(cuts) if a < b]
-    return datasets.Dataset.from_list([{**first, "completion": piece} for piece in pieces])
+    table = read[read["completion"] != ""].reset_index(drop=True)
+    if len(table) == 0:
+        raise UsageError(f"--data {name}: all of its {len(read)} documents are empty")
+    prompt, text, eos = table["prompt"][0], table["completion"][0], tokenizer.eos_token
+    notes = f", {len(read) - len(table):,} empty ones left out" if len(table) < len(read) else ""
+    if num_marked := table["completion"].str.endswith(eos).sum():
+        notes += f", {num_marked:,} end in {eos} as text, and EOS follows"
+    start = repr((prompt + text)[:60])  # no control characters for the terminal
+    print(f"data      read as {kind}: {len(table):,} document(s){notes}; the first: {start}")
+    if len(table) == 1 and not prompt:
+        cuts = np.linspace(0, len(text), 101).astype(int)
+        pieces = [text[a:b] for a, b in itertools.pairwise(cuts) if a < b]
+        table = table.loc[[0] * len(pieces)].assign(completion=pieces).reset_index(drop=True)
+    return table
 
 
-def _with_heldout(documents, heldout_name, tokenizer, ranks):
-    """All documents for training, and those that `--heldout-data` names as the held-out part."""
-    heldout = _read_documents(heldout_name, tokenizer, ranks)
-    both = {tuple(_texts(d)) for d in documents} & {tuple(_texts(d)) for d in heldout}
-    if both:
-        ranks.print(f"warning   {len(both)} documents of --heldout-data are in --data too")
-    parts = []
-    for part, name in zip((documents, heldout), PARTS):
-        parts.append(part.remove_columns("part").add_column("part", [name] * len(part)))
-    return datasets.concatenate_datasets(parts)
+def _source(name):
+    """What `--data` is read as, what changes with its content, and its rows: [(file, rows)]."""
+    if name in ("stdlib", "stdlib-bugs"):
+        texts = stdlib_texts()
+        rows = stdlib_bugs(texts) if name == "stdlib-bugs" else [{"text": t} for t in texts]
+        return "source files of Python", texts, [(name, rows)]
+    if name == "sums":
+        return name, "", [(name, sums())]
+    is_file = Path(name).exists() or _suffix(name) in {*TABLES, *TEXTS}
+    if name == "mbpp" or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not is_file):
+        mbpp = dict(path="google-research-datasets/mbpp", name="full", split="all")
+        rows = datasets.load_dataset(**mbpp if name == "mbpp" else dict(path=name, split="train"))
+        return "data set", rows._fingerprint, [(name, rows)]
+
+    files = [name]
+    if name and Path(name).is_dir():
+        inside = sorted(str(file) for file in Path(name).rglob("*") if file.is_file())
+        files = [file for file in inside if _suffix(file) in TEXTS]
+        if len(files) < len(inside):
+            print(f"data      {len(inside) - len(files)} files of {name} left out: no texts")
+    elif "://" not in name and not Path(name).is_file():
+        files = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
+    if not files:
+        kinds = "no such file, no folder of texts (name its tables by folder/*.jsonl), no hub name"
+        raise UsageError(f"--data {name}: {kinds} and no preset ({', '.join(PRESETS)})")
+    kinds = " and ".join(sorted({_suffix(file)[1:] for file in files}))
+    states = [store.ukey(path) for store, path in map(file_system, files)]  # size, ctime, ETag
+    return kinds, states, [(file, _file_rows(file)) for file in files]
 
 
 def _suffix(file):
     """`.jsonl` of `A.JSONL.gz?x`: the last suffix that is no compression, in lower case."""
     path = file.partition("?")[0] if "://" in file else file
-    suffixes, compressed = Path(path.lower()).suffixes, {".gz", ".bz2", ".xz"}
-    return ([""] + [suffix for suffix in suffixes if suffix not in compressed])[-1]
-
-
-def _files(name, path, ranks):
-    """The files that `--data` names, in order; of a folder all texts in it."""
-    if "://" in name or path.is_file():
-        files = [name if "://" in name else str(path)]
-    elif name and path.is_dir():
-        inside = sorted(str(file) for file in path.rglob("*") if file.is_file())
-        files = [file for file in inside if _suffix(file) in TEXTS]
-        if len(files) < len(inside):
-            ranks.print(f"data      {len(inside) - len(files)} files of {path} left out: no texts")
-    else:
-        files = sorted(filter(os.path.isfile, glob.glob(str(path), recursive=True)))
-    if not files:
-        kinds = "no such file, no folder of texts (name its tables by folder/*.jsonl), no hub name"
-        raise UsageError(f"--data {name}: {kinds} and no preset ({', '.join(PRESETS)})")
-    for file in files:
-        if _suffix(file) not in {*TABLES, *TEXTS}:
-            known = f"{' '.join(TABLES)}, or a text such as .txt"
-            raise UsageError(f"--data {file}: unknown kind of file; {known}")
-    return files
+    suffixes = [s for s in Path(path.lower()).suffixes if s not in (".gz", ".bz2", ".xz")]
+    return suffixes[-1] if suffixes else ""
 
 
 def file_system(name):
@@ -1041,18 +1052,11 @@ def file_system(name):
     return url_to_fs(name) if "://" in name else (LocalFileSystem(), os.path.abspath(name))
 
 
-def _content_hash(file):
-    """SHA-256 of a local file; of a remote one what its store says of it (ETag, size, time)."""
-    store, path = file_system(file)
-    if not isinstance(store, LocalFileSystem):
-        return store.ukey(path)
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _file_rows(file):
     """Yield the rows of a file, each with its columns. A text is one row; a cell of CSV is text."""
     suffix, (store, path) = _suffix(file), file_system(file)
+    if suffix not in {*TABLES, *TEXTS}:
+        raise ValueError(f"unknown kind of file; known: {' '.join(TABLES)}, texts such as .txt")
     if suffix == ".parquet":
         table = pyarrow.parquet.read_table(path, filesystem=store, partitioning=None)
         yield from table.to_pylist()
@@ -1072,81 +1076,69 @@ def _file_rows(file):
             yield {"text": stream.read()}
 
 
-def _turns(row):
-    """A row as it is; one of `messages` as a row for each answer (none: an empty text)."""
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if not isinstance(messages, list):
-        return [row]
-    if not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
-        raise ValueError("a message without role or content")
-    numbers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-    turns = [{**row, "prompt": messages[:n], "completion": [messages[n]]} for n in numbers]
-    return turns or [{"text": ""}]
+def _documents_of_row(row, tokenizer):
+    """The documents of a row, of `messages` one for each answer, with columns of DOCUMENT.
+
+    Raises:
+        ValueError, TypeError: a column is missing, or holds what cannot be used.
+    """
+    layouts = [names.split() for names in LAYOUTS.split(",")]
+    layout = next((names for names in layouts if set(names) <= set(row)), None)
+    if layout is None or None in row:  # csv: None holds the cells that have no column
+        raise ValueError(
+            f"columns {', '.join(map(str, row))}; needs text, or prompt and completion"
+        )
+    if "task_id" in layout:
+        return [mbpp_record(row)]
+    is_chat = isinstance(row[layout[0]], list)
+    for column in layout:
+        if not isinstance(row[column], list if is_chat else str | None):
+            held = f"{type(row[column]).__name__} {repr(row[column])[:40]}"
+            raise TypeError(f"the column {column} holds {held}, not text")
+
+    *asked, answer = [row[column] or "" for column in layout]
+    if "messages" in layout:
+        numbers = [n for n, message in enumerate(answer) if message["role"] == "assistant"]
+        pairs = [(answer[:n], [answer[n]]) for n in numbers]
+    elif "instruction" in layout:
+        pairs = [("".join(text + "\n" for text in asked if text), answer)]
+    else:
+        pairs = [(asked[0] if asked else "", answer)]
+    if is_chat:
+        pairs = [_chat_texts(*pair, tokenizer) for pair in pairs]
+    "".join(itertools.chain(*pairs)).encode()  # fails at half of a surrogate pair
+    extra = {"is_chat": is_chat}
+    for column in ("group", "sibling", "fault_start", "fault_end", "reward"):
+        if row.get(column) not in (None, ""):
+            extra[column] = type(DOCUMENT[column])(row[column])
+    if not 0 <= extra.get("reward", 0) <= 1:
+        raise ValueError(f"the reward {row['reward']} is no number from 0 to 1")
+    return [extra | {"prompt": prompt, "completion": text} for prompt, text in pairs or [("", "")]]
 
 
-def _document(row, place, tokenizer):
-    """A row as a document, with those columns of DOCUMENT that it has; `place` is for messages."""
-    names = sorted(map(str, row)) if isinstance(row, dict) else [type(row).__name__]
-    if {"task_id", "text", "code", "test_list"} <= set(names):
-        return mbpp_record(row)
-    if {"instruction", "output"} <= set(names):  # Alpaca's columns
-        question = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
-        row = {**row, "prompt": question + "\n", "completion": row["output"]}
-        names += ["prompt", "completion"]
-    layouts = [("prompt", "completion"), ("text",), ("content",)]
-    layout = next((columns for columns in layouts if set(columns) <= set(names)), None)
-    if layout is None or "None" in names:  # csv: None holds the cells that have no column
-        columns = f"columns {', '.join(names)}"
-        raise UsageError(f"{place}: {columns}; needs text, or prompt and completion")
-    values = [row[column] for column in layout]
-    document = {"is_chat": len(values) == 2 and isinstance(values[0], list)}
-    if document["is_chat"]:
-        values = _chat_texts(*values, place, tokenizer)
-    for column, value in zip(layout, values):
-        if not isinstance(value, str | None):
-            held = f"holds {type(value).__name__} {repr(value)[:40]}, not text"
-            raise UsageError(f"{place}: the column {column} {held}")
-    *prompt, document["completion"] = [value or "" for value in values]
-    document["prompt"] = "".join(prompt)
-    "".join(_texts(document)).encode()  # fails at half of a surrogate pair
-    for column in ("group", "sibling", "fault_start", "fault_end"):
-        if row.get(column) is not None:
-            document[column] = type(DOCUMENT[column])(row[column])
-    if row.get("reward") not in (None, ""):
-        try:
-            document["reward"] = float(row["reward"])
-        except (TypeError, ValueError):
-            document["reward"] = math.inf
-        if not 0 <= document["reward"] <= 1:
-            reward = repr(row["reward"])[:40]
-            raise UsageError(f"{place}: the reward {reward} is no number from 0 to 1")
-    return document
-
-
-def _chat_texts(prompt, completion, place, tokenizer):
+def _chat_texts(prompt, completion, tokenizer):
     """Prompt and completion, two lists of messages, as texts of the tokenizer's chat template."""
     if not tokenizer.chat_template:
-        raise UsageError(f"{place}: holds messages; the tokenizer of --model has no chat template")
+        raise ValueError("it holds messages, and the tokenizer of --model has no chat template")
+    if not all({"role", "content"} <= set(message) for message in prompt + completion):
+        raise ValueError("a message without role or content")
     write = functools.partial(tokenizer.apply_chat_template, tokenize=False)
-    start, whole = write(prompt, add_generation_prompt=True), write([*prompt, *completion])
+    start, whole = write(prompt, add_generation_prompt=True), write(prompt + completion)
     if not whole.startswith(start):
-        raise UsageError(f"{place}: the chat template changes the prompt when an answer follows")
-    answer = whole[len(start) :].rstrip("\n")
-    return start, answer.removesuffix(tokenizer.eos_token)  # every document gets one EOS
+        raise ValueError("the chat template changes the prompt when an answer follows")
+    return start, whole[len(start) :].rstrip("\n").removesuffix(tokenizer.eos_token)  # EOS follows
 
 
 def stdlib_texts():
     """Source files of this Python's standard library, without tests, tables and bundled tools."""
     left_out = "test tests idlelib lib2to3 turtledemo ensurepip encodings pydoc_data __pycache__"
     left_out = {*left_out.split(), "site-packages", "dist-packages"}
-    root, texts = Path(sysconfig.get_paths()["stdlib"]), []
+    root, files = Path(sysconfig.get_paths()["stdlib"]), []
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted({f for f in folders if not f.startswith("config-")} - left_out)
-        for name in names:
-            if name.endswith(".py"):
-                texts.append((Path(folder, name), Path(folder, name).read_bytes()))
-    texts = [data.decode("utf-8", "replace").replace("\r\n", "\n") for _, data in sorted(texts)]
-    return [text for text in texts if text.strip()]
+        folders[:] = [f for f in folders if f not in left_out and not f.startswith("config-")]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    texts = [file.read_bytes().decode("utf-8", "replace") for file in sorted(files)]
+    return [text.replace("\r\n", "\n") for text in texts if text.strip()]
 
 
 def mbpp_record(record):
@@ -1158,9 +1150,7 @@ def mbpp_record(record):
     task = f"You are an expert Python programmer, and here is your task: {record['text']}"
     prompt = f"{task} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
     completion = re.sub("\r\n?", "\n", record["code"]).strip("\n") + "\n"
-    part = "test"
-    if number in range(511, 975):
-        part = PARTS[0] if number >= 601 else PARTS[1]
+    part = "training" if 601 <= number < 975 else "held-out" if 511 <= number < 601 else "test"
     return {"prompt": re.sub("\r\n?", "\n", prompt), "completion": completion, "part": part}
 
 
@@ -1172,148 +1162,169 @@ def sums():
     """
     choose = random.Random(0)
     for a, b in itertools.product(range(100), repeat=2):
-        answer, group = f"{a + b:03d}"[::-1], f"{min(a, b)}+{max(a, b)}"
-        common = dict(prompt=f"{a}+{b}=", group=group)
-        yield {**common, "completion": answer, "reward": 1.0}
+        common = dict(prompt=f"{a}+{b}=", group=f"{min(a, b)}+{max(a, b)}")
+        right = f"{a + b:03d}"[::-1]
+        yield {**common, "completion": right, "reward": 1.0}
         place = choose.randrange(3)
-        wrong = choose.choice("0123456789".replace(answer[place], ""))
-        wrong = answer[:place] + wrong + answer[place + 1 :]
+        digit = choose.choice("0123456789".replace(right[place], ""))
+        wrong = right[:place] + digit + right[place + 1 :]
         fault = dict(fault_start=place, fault_end=place + 1)
         yield {**common, "completion": wrong, "reward": 0.0, **fault}
 
 
-def _rewards(documents, name, score):
-    """Rewards `[N]`, and whether there are outcomes at all; `score` gives the missing ones."""
-    reward_N = np.array(documents["reward"][:])
-    lacking_N = np.flatnonzero(np.isnan(reward_N))
-    has_outcomes = score is not None or len(lacking_N) < len(reward_N)
-    if has_outcomes and len(lacking_N):
-        if score is None:
-            number = f"{len(lacking_N)} of {len(reward_N)} documents have no reward"
-            raise UsageError(f"--data {name}: {number}; --reward-model scores them")
-        lacking = documents.select(lacking_N)
-        reward_N[lacking_N] = score(lacking["prompt"][:], lacking["completion"][:])
-    return reward_N, has_outcomes
+PAIRS = "Add Sub Mult Div Lt Gt LtE GtE Eq NotEq".split()  # of equal length: a fault swaps two
+SWAPS = {getattr(ast, name): getattr(ast, PAIRS[n ^ 1]) for n, name in enumerate(PAIRS)}
 
 
-def _split(documents, has_outcomes, seed, name):
-    """Numbers of the documents to train on and of those held out, two arrays.
+def stdlib_bugs(texts):
+    """Yield records of functions in source texts, each with a sibling that one mutation broke.
 
-    Groups (a text and its copies, or the records of one prompt) are held out in the order of a hash
-    of (seed, text) until 3 % of the bytes (10 % of records with outcomes; at most 4 MB) are
-    reached. The group that reaches them is held out too, which favours no length.
+    Signature (`prompt`) and body (`completion`) are written by `ast.unparse`, both siblings alike:
+    nothing but the fault tells them apart. `fault_start` and `fault_end` hold its whole words and
+    the character after them, which shows that a word has ended.
     """
-    part_N = np.array(documents["part"][:])
-    if part_N.any():
-        return tuple(np.flatnonzero(part_N == part) for part in PARTS)
-    hashes = [digest([seed, _texts(document)]) for document in documents]
-    groups = hashes
-    if has_outcomes:
-        groups = [d["group"] or d["prompt"] for d in documents]
-    size, first_hash = collections.Counter(), {}
-    for group, text_hash, text in zip(groups, hashes, documents["completion"]):
-        size[group] += len(text.encode("utf-8", "replace"))
-        first_hash[group] = min(text_hash, first_hash.get(group, text_hash))
-    if len(size) < 2:
-        kind = "prompt or group" if has_outcomes else "text"
-        raise UsageError(f"--data {name}: holds {len(size)} {kind}(s); the split needs at least 2")
-    budget = min(4_000_000, (0.1 if has_outcomes else 0.03) * size.total())
-    heldout, num_bytes = set(), 0
-    for group in sorted(size, key=first_hash.get)[:-1]:
-        if num_bytes < budget:
-            heldout.add(group)
-            num_bytes += size[group]
-    is_heldout_N = np.array([group in heldout for group in groups])
-    return np.flatnonzero(~is_heldout_N), np.flatnonzero(is_heldout_N)
+    seen = set()
+    for group, text in enumerate(texts):
+        for function in [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]:
+            function.decorator_list = []
+            if ast.get_docstring(function, clean=False) is not None:
+                function.body = function.body[1:]
+            original = ast.unparse(function) if function.body else ""
+            if not 0 < len(original) <= 300 or original in seen:
+                continue
+            seen.add(original)
+            broken = _mutant(function, random.Random(original))
+            if broken is None:
+                continue
+            prompt, _, right = original.partition("\n")
+            wrong = broken.partition("\n")[2]
+            start = len(os.path.commonprefix([right, wrong]))
+            rest = len(os.path.commonprefix([right[start:][::-1], wrong[start:][::-1]]))
+            end = len(wrong) - rest
+            start -= len(re.search(r"\w*$", wrong[:start])[0])
+            if re.search(r"\w$", wrong[:end]):  # a word ends with the character after it
+                end += len(re.match(r"\w*\W?", wrong[end:])[0])
+            common = dict(prompt=prompt + "\n", group=group, sibling=len(seen))
+            yield {**common, "completion": right + "\n", "reward": 1.0}
+            fault = dict(fault_start=start, fault_end=max(start + 1, end))
+            yield {**common, "completion": wrong + "\n", "reward": 0.0, **fault}
 
 
-def _pack(documents, is_packed, is_chat, tokenizer, seq_len, noise_frac, seed, key):
-    """Rows of the documents, built once, kept under `key` and memory-mapped.
+def _mutant(function, choose):
+    """The function's text with another operator, variable or constant; None if it has no place.
+
+    Variables are drawn as often as the function uses them: so neither sibling tends to be longer.
+    """
+    nodes = [node for statement in function.body for node in ast.walk(statement)]
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    variables = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    variables |= {node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)}
+    used = [n for n in names if isinstance(n.ctx, ast.Load) and n.id in variables]
+    changes = []
+    for node in nodes:
+        if type(getattr(node, "op", None)) in SWAPS:
+            changes.append((node, "op", SWAPS[type(node.op)]()))
+        if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
+            changes.append((node, "ops", [SWAPS[type(node.ops[0])](), *node.ops[1:]]))
+        if node in used and (others := [n.id for n in used if n.id != node.id]):
+            changes.append((node, "id", choose.choice(others)))
+        if isinstance(node, ast.Constant) and type(node.value) is int and node.value > 0:
+            changes.append((node, "value", node.value + choose.choice([-1, 1])))
+    if not changes:
+        return None
+    node, field, value = choose.choice(changes)
+    setattr(node, field, value)
+    return ast.unparse(function)
+
+
+def _pack(documents, is_packed, tokenizer, seq_len, noise_frac, seed):
+    """Rows of the documents, built once, kept in a file of their own and memory-mapped.
 
     Texts stand one after the other, each ended by EOS, the last row padded; a record has a row of
-    its own, padded, and is left out if it does not fit. Prompt and completion are encoded together;
-    a token on their border is a target.
+    its own, padded, and is left out if it does not fit.
     """
     columns = dict(input_ids="int32", document="int32", is_target="bool", is_noise="bool")
-    eos, prefix = tokenizer.eos_token_id, [] if is_chat else special_prefix(tokenizer)
     padding_41 = np.array([[tokenizer.pad_token_id or 0], [-1], [0], [0]], np.int32)
     rest_4N = np.zeros((4, 0), np.int32)  # tokens that fill no row yet
-    num_straddling = 0
 
     def padded(tokens_4N):
         missing = -tokens_4N.shape[1] % seq_len
         return np.concatenate([tokens_4N, padding_41.repeat(missing, 1)], 1)
 
-    def tokens_of(document, number, pieces, encoded):
-        nonlocal num_straddling
-        starts = np.cumsum([0, *(len(text) for text, _ in pieces)])
-        ids_N = np.concatenate([ids_N for ids_N, _ in encoded])
-        spans = [span_2N + start for start, (_, span_2N) in zip(starts, encoded)]
-        begin_N, end_N = np.concatenate(spans, 1)
-        noise = [np.full(len(ids_N), noise) for (_, noise), (ids_N, _) in zip(pieces, encoded)]
-        border = len(document["prompt"])
-        fault_start, fault_end = document["fault_start"] + border, document["fault_end"] + border
-        is_fault_N = (end_N > fault_start) & (begin_N < fault_end) & (fault_start >= border)
-        is_target_N = (end_N > border) | (border == 0)
-        num_straddling += bool((is_target_N & (begin_N < border)).any())
-        tokens_4N = np.zeros((4, len(prefix) + len(ids_N) + 1), np.int32)
-        tokens_4N[0] = [*prefix, *ids_N, eos]
-        tokens_4N[1] = number
-        tokens_4N[2, len(prefix) :] = np.append(is_target_N, True)
-        tokens_4N[3, len(prefix) : -1] = np.concatenate(noise) | is_fault_N
-        return tokens_4N
-
     def rows_of(batch, numbers):
         nonlocal rest_4N
-        chosen = [dict(zip(batch, values)) for values in zip(*batch.values())]
-        pieces = [_pieces(d, noise_frac, (seed, number)) for d, number in zip(chosen, numbers)]
-        texts = [text for own in pieces for text, _ in own]
-        encoded, tokens = iter(encode_spans(tokenizer, texts, is_chat)), [rest_4N]
-        for document, number, own in zip(chosen, numbers, pieces):
-            tokens_4N = tokens_of(document, number, own, [next(encoded) for _ in own])
-            if is_packed:
-                tokens.append(tokens_4N)
-            elif tokens_4N.shape[1] <= seq_len:
-                tokens.append(padded(tokens_4N))
-        tokens_4N = np.concatenate(tokens, 1)
+        tokens = [*_tokens(pd.DataFrame(dict(batch)), numbers, tokenizer, noise_frac, seed)]
+        if not is_packed:
+            tokens = [padded(tokens_4N) for tokens_4N in tokens if tokens_4N.shape[1] <= seq_len]
+        tokens_4N = np.concatenate([rest_4N, *tokens], 1)
         if numbers[-1] == len(documents) - 1:
             tokens_4N = padded(tokens_4N)
-            if num_straddling:
-                number = f"{num_straddling} of {len(documents)} completions"
-                print(f"data      {number} begin inside a token of the prompt; it is a target")
         whole = tokens_4N.shape[1] // seq_len * seq_len
         rest_4N = tokens_4N[:, whole:]
         return dict(zip(columns, tokens_4N[:, :whole].reshape(4, -1, seq_len)))
 
+    rules = [inspect.getsource(rule) for rule in (_pack, _tokens, encode_spans, _pieces)]
+    made_of = [_tokenizer_fingerprint(tokenizer), documents.to_dict("list"), is_packed, seq_len]
+    key = digest([rules, made_of, noise_frac, seed if noise_frac else 0])
     features = {c: datasets.List(datasets.Value(t), length=seq_len) for c, t in columns.items()}
-    file = Path(datasets.config.HF_DATASETS_CACHE, "wmtp", f"rows-{key}.arrow")
     options = dict(with_indices=True, batched=True, batch_size=256, new_fingerprint=key)
-    options.update(features=datasets.Features(features), remove_columns=documents.column_names)
-    return documents.map(rows_of, cache_file_name=str(file), **options)
+    options.update(features=datasets.Features(features), remove_columns=[*documents])
+    file = f"{datasets.config.HF_DATASETS_CACHE}/wmtp/rows-{key}.arrow"
+    texts = datasets.Dataset.from_pandas(documents, preserve_index=False)
+    return texts.map(rows_of, cache_file_name=file, **options).with_format("numpy")
 
 
-def special_prefix(tokenizer):
-    """Ids that the tokenizer puts before a text, such as a BOS."""
-    return [i for i in tokenizer("")["input_ids"] if i != tokenizer.eos_token_id]
+def _tokens(documents, numbers, tokenizer, noise_frac, seed):
+    """Yield the tokens of each document, `[4, N]`: id, document, is_target, is_noise.
+
+    Prompt and completion are encoded together. A token on their border is a target.
+    """
+    is_chat = documents["is_chat"][0]
+    prefix = encode(tokenizer, [""], special_tokens=not is_chat)[0]
+    documents = [*documents.itertuples()]
+    pieces = [_pieces(d, noise_frac, (seed, number)) for d, number in zip(documents, numbers)]
+    texts = [text for own in pieces for text, _ in own]
+    encoded = iter(encode_spans(tokenizer, texts, is_chat))
+    for document, number, own in zip(documents, numbers, pieces):
+        parts, border = [], len(document.prompt)
+        start = -border  # places count from the start of the completion
+        for text, is_noise in own:
+            ids_N, begin_N, end_N = next(encoded)
+            parts.append([ids_N, begin_N + start, end_N + start, np.full(len(ids_N), is_noise)])
+            start += len(text)
+        ids_N, begin_N, end_N, is_noise_N = np.concatenate(parts, 1)
+        is_target_N = (end_N > 0) | (border == 0)
+        if (is_target_N & (begin_N < 0)).any():
+            border_is = "a completion begins inside a token of the prompt; it is a target"
+            warnings.warn(border_is, stacklevel=2)
+        if document.fault_start >= 0:
+            is_noise_N |= (end_N > document.fault_start) & (begin_N < document.fault_end)
+        tokens_4N = np.zeros((4, len(prefix) + len(ids_N) + 1), np.int32)
+        tokens_4N[0] = [*prefix, *ids_N, tokenizer.eos_token_id]
+        tokens_4N[1] = number
+        tokens_4N[2, len(prefix) :] = [*is_target_N, True]
+        tokens_4N[3, len(prefix) : -1] = is_noise_N
+        yield tokens_4N
 
 
 def encode(tokenizer, texts, special_tokens=False):
     """Token ids of each text, int32; with `special_tokens` a BOS first, where there is one."""
-    prefix = np.array(special_prefix(tokenizer) if special_tokens else [], np.int32)
-    return [np.append(prefix, ids_N) for ids_N, _ in encode_spans(tokenizer, texts)]
+    prefix = tokenizer("")["input_ids"] if special_tokens else []
+    prefix = [i for i in prefix if i != tokenizer.eos_token_id]
+    return [np.array([*prefix, *ids], np.int32) for ids, _, _ in encode_spans(tokenizer, texts)]
 
 
 def encode_spans(tokenizer, texts, is_chat=False):
-    """Of each text its token ids, `[N]` int32, and where each token begins and ends, `[2, N]`.
+    """Of each text the ids of its tokens, and the characters where they begin and end, `[3, N]`.
 
-    Ends count characters. Markup in a text is text: only that of a chat template is special.
+    Markup in a text is text: only that of a chat template is special.
     """
-    if isinstance(tokenizer, transformers.ByT5Tokenizer):  # without its slow loop over characters
+    if isinstance(tokenizer, transformers.ByT5Tokenizer):  # it gives no offsets
         encoded = []
         for text in texts:
-            byte_N = np.frombuffer(text.encode("utf-8", "replace"), np.uint8)
+            byte_N = np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(int)
             end_N = np.cumsum(byte_N & 0xC0 != 0x80)  # a character begins with any other byte
-            encoded.append((byte_N + np.int32(tokenizer.offset), np.stack([end_N - 1, end_N])))
+            encoded.append(np.stack([byte_N + tokenizer.offset, end_N - 1, end_N]))
         return encoded
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
@@ -1321,7 +1332,7 @@ def encode_spans(tokenizer, texts, is_chat=False):
     options = dict(add_special_tokens=False, return_offsets_mapping=True)
     encoded = tokenizer(list(texts), split_special_tokens=not is_chat, verbose=False, **options)
     pairs = zip(encoded["input_ids"], encoded["offset_mapping"])
-    return [(np.array(i, np.int32), np.array(s, np.int64).reshape(-1, 2).T) for i, s in pairs]
+    return [np.array([ids, *np.reshape(spans, (-1, 2)).T], int) for ids, spans in pairs]
 
 
 def _pieces(document, noise_frac, key):
@@ -1330,11 +1341,10 @@ def _pieces(document, noise_frac, key):
     That share of the completion's non-blank lines is noise. No token crosses the border of a noisy
     line: what lies between two of them is encoded by itself.
     """
-    prompt, text = document["prompt"], document["completion"]
     if not noise_frac:
-        return [(prompt + text, False)]
-    random, pieces = np.random.default_rng(key), [[prompt, False]]
-    for line in text.splitlines(keepends=True):
+        return [(document.prompt + document.completion, False)]
+    random, pieces = np.random.default_rng(key), [[document.prompt, False]]
+    for line in document.completion.splitlines(keepends=True):
         body = line.rstrip("\r\n")
         if body.strip() and random.random() < noise_frac:
             noise = bytes(random.integers(32, 127, len(body), np.uint8)).decode()
@@ -1408,15 +1418,15 @@ def micro_batch_rows(args, ranks):
     Raises:
         UsageError: the batch cannot be shared out evenly; it names the nearest sizes that can.
     """
-    batch_size, rows, world_size = args.batch_size, args.micro_batch_size, ranks.world_size
     check_ranges(args, batch_size=(1, 1e9), micro_batch_size=(0, 1e9))
-    unit = world_size * (rows or 1)
-    below = batch_size // unit * unit
-    if batch_size != below:
+    size, rows = args.batch_size, args.micro_batch_size
+    unit = ranks.world_size * (rows or 1)
+    if size % unit:
+        below = size // unit * unit
         nearest = f"{below} or {below + unit}" if below else f"{unit}"
-        division = f"{world_size} rank(s) x --micro-batch-size {rows or 1} = {unit}"
-        raise UsageError(f"--batch-size {batch_size}: not divisible by {division}; use {nearest}")
-    return rows or batch_size // world_size
+        division = f"{ranks.world_size} rank(s) x --micro-batch-size {rows or 1} = {unit}"
+        raise UsageError(f"--batch-size {size}: not divisible by {division}; use {nearest}")
+    return rows or size // ranks.world_size
 
 
 def micro_batches(rows, args, micro_batch_size, step, num_heads, ranks):
@@ -1438,80 +1448,6 @@ def heldout_batches(rows, micro_batch_size, num_heads, ranks):
         numbers = first + ranks.rank * micro_batch_size + np.arange(micro_batch_size)
         numbers = np.where(numbers < total, numbers, -1)  # past the end: without targets
         yield load_batch(rows, numbers, num_heads, ranks.device)
-
-
-SWAPS = {}  # operators and comparisons of equal length, which a broken function has swapped
-for _pair in "Add Sub,Mult Div,Lt Gt,LtE GtE,Eq NotEq".split(","):
-    _one, _other = (getattr(ast, name) for name in _pair.split())
-    SWAPS.update({_one: _other, _other: _one})
-
-
-def stdlib_bugs(texts):
-    """Yield records of functions in source texts, each with a sibling that one mutation broke.
-
-    Signature (`prompt`) and body (`completion`) are written by `ast.unparse`, both siblings alike:
-    nothing but the fault tells them apart. `fault_start` and `fault_end` hold its whole words and
-    the character after them, which shows that a word has ended.
-    """
-    seen = set()
-    for group, text in enumerate(texts):
-        try:
-            nodes = list(ast.walk(ast.parse(text)))
-        except (SyntaxError, ValueError):
-            continue
-        for function in nodes:
-            if not isinstance(function, ast.FunctionDef):
-                continue
-            function.decorator_list = []
-            if ast.get_docstring(function, clean=False) is not None:
-                function.body = function.body[1:]
-            original = ast.unparse(function) if function.body else ""
-            if not 0 < len(original) <= 300 or original in seen:
-                continue
-            seen.add(original)
-            broken = _mutant(function, random.Random(original))
-            if broken is None:
-                continue
-            prompt, _, right = original.partition("\n")
-            wrong = broken.partition("\n")[2]
-            start = len(os.path.commonprefix([right, wrong]))
-            rest = len(os.path.commonprefix([right[start:][::-1], wrong[start:][::-1]]))
-            end = len(wrong) - rest
-            start -= len(re.search(r"\w*$", wrong[:start])[0])
-            if re.search(r"\w$", wrong[:end]):  # a word ends with the character after it
-                end += len(re.match(r"\w*\W?", wrong[end:])[0])
-            common = dict(prompt=prompt + "\n", group=group, sibling=len(seen))
-            yield {**common, "completion": right + "\n", "reward": 1.0}
-            fault = dict(fault_start=start, fault_end=max(start + 1, end))
-            yield {**common, "completion": wrong + "\n", "reward": 0.0, **fault}
-
-
-def _mutant(function, choose):
-    """The function's text with another operator, variable or constant; None if it has no place.
-
-    Variables are drawn as often as the function uses them: so neither sibling tends to be longer.
-    """
-    nodes = [node for statement in function.body for node in ast.walk(statement)]
-    names = [node for node in nodes if isinstance(node, ast.Name)]
-    variables = {node.id for node in names if isinstance(node.ctx, ast.Store)}
-    variables |= {node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)}
-    uses = [n.id for n in names if isinstance(n.ctx, ast.Load) and n.id in variables]
-    changes = []
-    for node in nodes:
-        if type(getattr(node, "op", None)) in SWAPS:
-            changes.append((node, "op", SWAPS[type(node.op)]()))
-        if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
-            changes.append((node, "ops", [SWAPS[type(node.ops[0])](), *node.ops[1:]]))
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in variables:
-            if others := [use for use in uses if use != node.id]:
-                changes.append((node, "id", choose.choice(others)))
-        if isinstance(node, ast.Constant) and type(node.value) is int and node.value > 0:
-            changes.append((node, "value", node.value + choose.choice([-1, 1])))
-    if not changes:
-        return None
-    node, field, value = choose.choice(changes)
-    setattr(node, field, value)
-    return ast.unparse(function)
 
 
 # --------------------------------------------------------------------------------------- the run
