@@ -916,10 +916,7 @@ def _texts(documents):
 
 
 def _documents(args, tokenizer, score):
-    """A table with the columns of DOCUMENT; of `part`, training and held-out are used.
-
-    `reward` is a number everywhere or nowhere.
-    """
+    """All documents as a table, each with its `part`; they all have a `reward`, or none has one."""
     name, half = args.data, args.data.partition("stdlib:")[2] if args.data in PRESETS else ""
     table = _read_documents("stdlib" if half else name, tokenizer)
     if args.heldout_data:
@@ -1024,13 +1021,13 @@ def _source(name):
         rows = datasets.load_dataset(**mbpp if name == "mbpp" else dict(path=name, split="train"))
         return "data set", rows._fingerprint, [(name, rows)]
 
-    files = [name]
     if name and Path(name).is_dir():
         inside = sorted(str(file) for file in Path(name).rglob("*") if file.is_file())
         files = [file for file in inside if _suffix(file) in TEXTS]
-        if len(files) < len(inside):
-            print(f"data      {len(inside) - len(files)} files of {name} left out: no texts")
-    elif "://" not in name and not Path(name).is_file():
+        print(f"data      {len(inside) - len(files)} files of {name} left out: no texts")
+    elif "://" in name or Path(name).is_file():
+        files = [name]
+    else:
         files = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
     if not files:
         kinds = "no such file, no folder of texts (name its tables by folder/*.jsonl), no hub name"
@@ -1077,11 +1074,7 @@ def _file_rows(file):
 
 
 def _documents_of_row(row, tokenizer):
-    """The documents of a row, of `messages` one for each answer, with columns of DOCUMENT.
-
-    Raises:
-        ValueError, TypeError: a column is missing, or holds what cannot be used.
-    """
+    """The documents of a row, one for each answer in `messages`; ValueError if it has none."""
     layouts = [names.split() for names in LAYOUTS.split(",")]
     layout = next((names for names in layouts if set(names) <= set(row)), None)
     if layout is None or None in row:  # csv: None holds the cells that have no column
@@ -1286,17 +1279,17 @@ def _tokens(documents, numbers, tokenizer, noise_frac, seed):
     texts = [text for own in pieces for text, _ in own]
     encoded = iter(encode_spans(tokenizer, texts, is_chat))
     for document, number, own in zip(documents, numbers, pieces):
-        parts, border = [], len(document.prompt)
-        start = -border  # places count from the start of the completion
+        parts, start = [], -len(document.prompt)  # characters count from the completion's first
         for text, is_noise in own:
             ids_N, begin_N, end_N = next(encoded)
             parts.append([ids_N, begin_N + start, end_N + start, np.full(len(ids_N), is_noise)])
             start += len(text)
         ids_N, begin_N, end_N, is_noise_N = np.concatenate(parts, 1)
-        is_target_N = (end_N > 0) | (border == 0)
+        is_target_N = (end_N > 0) | (document.prompt == "")
         if (is_target_N & (begin_N < 0)).any():
-            border_is = "a completion begins inside a token of the prompt; it is a target"
-            warnings.warn(border_is, stacklevel=2)
+            warnings.warn(
+                "a completion begins inside a token of the prompt: a target", stacklevel=1
+            )
         if document.fault_start >= 0:
             is_noise_N |= (end_N > document.fault_start) & (begin_N < document.fault_end)
         tokens_4N = np.zeros((4, len(prefix) + len(ids_N) + 1), np.int32)
@@ -1326,11 +1319,9 @@ def encode_spans(tokenizer, texts, is_chat=False):
             end_N = np.cumsum(byte_N & 0xC0 != 0x80)  # a character begins with any other byte
             encoded.append(np.stack([byte_N + tokenizer.offset, end_N - 1, end_N]))
         return encoded
-    if not tokenizer.is_fast:
-        kind = type(tokenizer).__name__
-        raise UsageError(f"--model: its tokenizer, {kind}, gives no offsets; a fast one is needed")
-    options = dict(add_special_tokens=False, return_offsets_mapping=True)
-    encoded = tokenizer(list(texts), split_special_tokens=not is_chat, verbose=False, **options)
+    options = dict(add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    with errors_as("--model: its tokenizer gives no offsets; a fast one is needed"):
+        encoded = tokenizer(list(texts), split_special_tokens=not is_chat, **options)
     pairs = zip(encoded["input_ids"], encoded["offset_mapping"])
     return [np.array([ids, *np.reshape(spans, (-1, 2)).T], int) for ids, spans in pairs]
 
@@ -1413,17 +1404,13 @@ def make_targets(x_BT, document_BT, is_target_BT, num_heads):
 
 
 def micro_batch_rows(args, ranks):
-    """Rows of a rank's micro-batch.
-
-    Raises:
-        UsageError: the batch cannot be shared out evenly; it names the nearest sizes that can.
-    """
+    """Rows of a rank's micro-batch; a `UsageError` where a batch cannot be shared out evenly."""
     check_ranges(args, batch_size=(1, 1e9), micro_batch_size=(0, 1e9))
     size, rows = args.batch_size, args.micro_batch_size
     unit = ranks.world_size * (rows or 1)
     if size % unit:
-        below = size // unit * unit
-        nearest = f"{below} or {below + unit}" if below else f"{unit}"
+        above = math.ceil(size / unit) * unit
+        nearest = f"{above - unit} or {above}" if size > unit else f"{unit}"
         division = f"{ranks.world_size} rank(s) x --micro-batch-size {rows or 1} = {unit}"
         raise UsageError(f"--batch-size {size}: not divisible by {division}; use {nearest}")
     return rows or size // ranks.world_size

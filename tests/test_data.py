@@ -321,7 +321,7 @@ def test_documents_of_every_kind_of_file(tmp_path, capsys, name):
     assert all_texts(loaded) == Counter(texts)
     kind = re.search("jsonl|ndjson|json|parquet|$", name.lower())[0] or "txt"
     assert f"read as {kind}: 10 document(s); the first: '\\x1b[31mred'" in printed
-    assert ("1 files of " in printed) == (name == "folder")
+    assert ("data      1 files of " in printed) == (name == "folder")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.PY.gz"])
@@ -398,7 +398,7 @@ def test_prompt_and_completion_are_encoded_together(tmp_path):
     tokenizer = spaced_tokenizer()
     records = [dict(prompt=f"To{n}: ", completion="four") for n in (1, 2)]
     records += [dict(prompt=f"To{n}:", completion=" four") for n in (3, 4, 5, 6)]
-    with pytest.warns(UserWarning, match="begins inside a token of the prompt"):
+    with pytest.warns(UserWarning, match="begins inside a token"):
         loaded = load(write(tmp_path / "a.jsonl", records), tokenizer)
     for rows in (loaded.train, loaded.heldout):
         for ids, is_target in zip(runs_of(rows), runs_of(rows, "is_target")):
