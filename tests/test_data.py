@@ -106,6 +106,10 @@ def records_of(rows, tokenizer=BYTES):
     return [(text(ids[~is_target]), text(ids[is_target])) for ids, is_target in pairs]
 
 
+def all_records(loaded, tokenizer=BYTES):
+    return records_of(loaded.train, tokenizer) + records_of(loaded.heldout, tokenizer)
+
+
 def numbers_heldout(texts, seed=0, group=None):
     documents = pd.DataFrame([common.DOCUMENT | dict(completion=text) for text in texts])
     if group:
@@ -129,16 +133,13 @@ def test_no_length_is_favoured_among_heldout_documents():
     assert max(chances) < 1.35 * min(chances)
 
 
-def test_split_depends_on_no_order_and_moves_little_with_more_documents():
+def test_split_depends_on_no_order_moves_little_and_keeps_groups_and_copies_together():
     texts = [f"{n}" * 20 for n in range(1000, 1400)]
     heldout = {texts[n] for n in numbers_heldout(texts)}
     assert {texts[::-1][n] for n in numbers_heldout(texts[::-1])} == heldout
     assert {texts[n] for n in numbers_heldout(texts, seed=1)} != heldout
     more = texts + [f"{n}" * 20 for n in range(2000, 2040)]
     assert len(heldout ^ {more[n] for n in numbers_heldout(more)}) <= 4
-
-
-def test_groups_and_copies_stay_on_one_side():
     texts = [f"{n // 3}" * 9 for n in range(600)]  # three copies of each
     assert set(Counter(texts[n] for n in numbers_heldout(texts)).values()) == {3}
     texts, group = [f"{n}" * 9 for n in range(600)], [n % 60 for n in range(600)]
@@ -247,13 +248,14 @@ def test_noise_is_flagged_where_lines_differ(tmp_path, tokenizer):
 
 def test_noise_is_in_completions_and_a_function_of_seed_and_document(tmp_path):
     file = write(tmp_path / "a.jsonl", [mbpp_task(n) for n in (511, *range(601, 640))])
-    clean, noisy = load(file, seq_len=300), load(file, seq_len=300, noise_frac=0.5)
-    first = records_of(noisy.train)
-    assert [p for p, _ in records_of(clean.train)] == [p for p, _ in first]
-    assert records_of(clean.train) != first
-    other = load(file, FAST, 310, noise_frac=0.5).train
-    assert records_of(other, FAST) == first
-    assert records_of(load(file, seq_len=300, noise_frac=0.5, seed=1).train) != first
+    variants = [{}, {}, dict(tokenizer=FAST, seq_len=310), dict(seed=1), dict(noise_frac=0)]
+    defaults = dict(tokenizer=BYTES, seq_len=300, noise_frac=0.5)
+    rows = [
+        records_of(load(file, **defaults | v).train, v.get("tokenizer", BYTES)) for v in variants
+    ]
+    assert rows[0] == rows[1] == rows[2]
+    assert rows[0] != rows[3] and rows[0] != rows[4]
+    assert [p for p, _ in rows[0]] == [p for p, _ in rows[4]]
 
 
 def test_the_cache_is_read_again_and_never_for_other_rows(tmp_path, cache):
@@ -347,8 +349,7 @@ def test_every_cell_of_a_table_is_text_and_empty_ones_are_counted(tmp_path, caps
     content = b"\xef\xbb\xbf" + stream.getvalue().encode()  # as Excel writes it
     (tmp_path / name).write_bytes(gzip.compress(content) if ".gz" in name else content)
     loaded = load(tmp_path / name)
-    pairs = records_of(loaded.train) + records_of(loaded.heldout)
-    assert Counter(pairs) == Counter((f"{cell}?", cell) for cell in CELLS)
+    assert Counter(all_records(loaded)) == Counter((f"{cell}?", cell) for cell in CELLS)
     assert "11 document(s), 2 empty ones left out" in capsys.readouterr().out
 
 
@@ -417,10 +418,12 @@ def message(role, content):
 
 
 def test_messages_go_through_the_chat_template(tmp_path, capsys):
-    """Prompt and completion as messages, and whole conversations: each answer is a completion."""
-    tokenizer = fast_tokenizer("<bos> $A")
+    """Prompt and completion as messages, and whole conversations: each answer is a completion.
+
+    Markup is special in messages alone: the same prompts as texts have other tokens.
+    """
+    tokenizer, answer = fast_tokenizer("<bos> $A"), [message("assistant", "é")]
     turns = [[message("user", f"{n}?")] for n in range(5)]
-    answer = [message("assistant", "é")]
     records = [dict(prompt=turn, completion=answer) for turn in turns]
     records += [dict(messages=[message("user", "x"), *answer, message("user", "y"), *answer])]
     records += [dict(messages=[message("user", "without an answer")]), dict(messages=[])]
@@ -438,24 +441,11 @@ def test_messages_go_through_the_chat_template(tmp_path, capsys):
     assert sorted(prompts) == sorted(expected)
     assert "7 document(s), 2 empty ones left out" in capsys.readouterr().out
 
-
-def test_the_text_of_a_conversation_is_encoded_as_text_where_it_is_no_message(tmp_path):
-    """The same prompt and completion, first as texts and then as messages: other rows."""
-    tokenizer = fast_tokenizer("<bos> $A")
-    tokenizer.chat_template = CHAT
-    turns = [[message("user", f"{n}?")] for n in range(3)]
-    chats = [dict(prompt=turn, completion=[message("assistant", "é")]) for turn in turns]
-    start = "<bos>user:{}?<eos>\n<bos>assistant:"
-    texts = [dict(prompt=start.format(n), completion="é") for n in range(3)]
-    counts = []
-    for records in (texts, chats):
-        ids = load(write(tmp_path / "a.jsonl", records), tokenizer, seq_len=99).train[0][
-            "input_ids"
-        ]
-        counts.append([int((ids == special).sum()) for special in (2, 1)])
-    assert counts == [[1, 1], [2, 2]]  # <bos> and <eos>: of the document; of two turns
-    mixed = write(tmp_path / "b.jsonl", [*texts, *chats])
-    refused(lambda: load(mixed, tokenizer), "b.jsonl: holds messages and plain texts")
+    texts = write(tmp_path / "b.jsonl", [dict(prompt=p, completion="é") for p in expected])
+    rows = load(texts, tokenizer, seq_len=99).train
+    assert all(((ids == 2).sum(), (ids == 1).sum()) == (1, 1) for ids in rows["input_ids"])
+    mixed = write(tmp_path / "c.jsonl", [dict(prompt="a", completion="b"), *records])
+    refused(lambda: load(mixed, tokenizer), "c.jsonl: holds messages and plain texts")
 
 
 def test_no_warning_of_documents_that_are_longer_than_the_model_reads(caplog):
@@ -472,7 +462,7 @@ def test_columns_of_alpaca(tmp_path):
     records += [dict(instruction=f"do {n}", input="with", output=f"{n}") for n in range(4, 8)]
     loaded = load(write(tmp_path / "a.jsonl", records))
     expected = {(f"do {n}\n" + "with\n" * (n > 3), f"{n}") for n in range(8)}
-    assert set(records_of(loaded.train) + records_of(loaded.heldout)) == expected
+    assert set(all_records(loaded)) == expected
 
 
 # -------------------------------------------------------------------------- records with outcomes
@@ -594,36 +584,28 @@ UNUSABLE = {  # what the message says: name and content of the file
 @pytest.mark.parametrize("message", UNUSABLE)
 def test_files_that_cannot_be_used(tmp_path, message):
     content, file = UNUSABLE[message], tmp_path / "a.jsonl"
-    if isinstance(content, list):
-        write(file, content)
-    else:
-        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if isinstance(content, str):
+        content = content.encode()
+    file.write_bytes(content) if isinstance(content, bytes) else write(file, content)
     refused(lambda: load(file, seq_len=300), f"--data {file}", message)
-
-
-def test_of_several_files_the_bad_one_is_named(tmp_path):
-    (tmp_path / "1.csv").write_text("text\na\nb\nc\n")
-    (tmp_path / "2.csv").write_text('text\na\n"b\nc\n')  # a quote that does not end
-    refused(lambda: load(tmp_path / "*.csv"), f"--data {tmp_path / '2.csv'}: cannot be read")
 
 
 def test_flags_that_cannot_be_used(tmp_path, monkeypatch):
     refused(lambda: load("stdlib", seq_len=1), "--seq-len 1:")
     refused(lambda: load("stdlib", noise_frac=math.nan), "--noise-frac nan: from 0 to 1")
-    refused(lambda: load("nonesuch"), "--data nonesuch: no such file")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text("some text")
-    refused(lambda: load(""), "--data : no such file")  # an empty name is not this folder
-    (tmp_path / "tables").mkdir()
+    Path("a.txt").write_text("some text")
+    Path("tables").mkdir()
     write(tmp_path / "tables" / "a.jsonl", ["x", "y"])
+    for name in ("nonesuch", "", "tables/b.jsonl"):  # an empty name is not this folder
+        refused(lambda n=name: load(n), f"--data {name}: no such file")
     refused(lambda: load("tables"), "--data tables: ", "no folder of texts", "/*.jsonl")
-    refused(lambda: load("tables/b.jsonl"), "--data tables/b.jsonl: no such file")
-    (tmp_path / "a.jsonl.zst").write_text("x")
-    refused(lambda: load("a.jsonl.zst"), "a.jsonl.zst: ", "unknown kind of file")
-    (tmp_path / "a.xlsx").write_text("x")
-    refused(lambda: load(tmp_path / "a.xlsx"), "a.xlsx: ", "unknown kind of file; known: .jsonl")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "a.xlsx")  # a file
-    refused(lambda: load("stdlib"), "a.xlsx/wmtp: cannot be written", "set HF_HOME")
+    for name in ("a.jsonl.zst", "a.xlsx"):
+        Path(name).write_text("x")
+        refused(lambda n=name: load(n), f"{name}: ", "unknown kind of file; known: .jsonl")
+    Path("1.csv").write_text("text\na\nb\nc\n")
+    Path("2.csv").write_text('text\na\n"b\nc\n')  # a quote that does not end
+    refused(lambda: load("*.csv"), "--data 2.csv: cannot be read")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "tables")
     (tmp_path / "tables" / "wmtp").symlink_to("/proc")  # a folder that even root cannot write
     refused(lambda: load("stdlib"), "tables/wmtp: cannot be written", "set HF_HOME")
