@@ -866,7 +866,9 @@ def _load_data(args, tokenizer, score):
             number = f"{len(chosen) - len(kept)} of {len(chosen)} {part} records"
             print(f"data      left out {number}: longer than --seq-len {args.seq_len} tokens")
         if not (kept["reward"] > CORRECT).any():
-            needed = f"fits --seq-len {args.seq_len} and has no reward up to {CORRECT}"
+            needed = (
+                f"fits --seq-len {args.seq_len}, with a reward above {CORRECT} if rewards are given"
+            )
             raise UsageError(f"--data {args.data}: no {part} document {needed}")
         fingerprints.append(digest(_texts(chosen)))
         if has_outcomes:
@@ -1024,7 +1026,8 @@ def _source(name):
     if name and Path(name).is_dir():
         inside = sorted(str(file) for file in Path(name).rglob("*") if file.is_file())
         files = [file for file in inside if _suffix(file) in TEXTS]
-        print(f"data      {len(inside) - len(files)} files of {name} left out: no texts")
+        if len(files) < len(inside):
+            print(f"data      {len(inside) - len(files)} files of {name} left out: no texts")
     elif "://" in name or Path(name).is_file():
         files = [name]
     else:

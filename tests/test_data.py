@@ -140,6 +140,8 @@ def test_split_depends_on_no_order_moves_little_and_keeps_groups_and_copies_toge
     assert {texts[n] for n in numbers_heldout(texts, seed=1)} != heldout
     more = texts + [f"{n}" * 20 for n in range(2000, 2040)]
     assert len(heldout ^ {more[n] for n in numbers_heldout(more)}) <= 4
+    for seed in range(4):  # whichever comes first, one document is left to train on
+        assert len(numbers_heldout(["a", "b" * 1000], seed)) == 1
     texts = [f"{n // 3}" * 9 for n in range(600)]  # three copies of each
     assert set(Counter(texts[n] for n in numbers_heldout(texts)).values()) == {3}
     texts, group = [f"{n}" * 9 for n in range(600)], [n % 60 for n in range(600)]
@@ -577,7 +579,7 @@ UNUSABLE = {  # what the message says: name and content of the file
     "row 1: cannot be read (ValueError: the reward 1.5": [RECORD | {"reward": 1.5}],
     "could not convert string to float: 'x'": [RECORD | {"reward": "x"}],
     "1 of 2 documents have no reward; --reward-model": [RECORD | {"reward": r} for r in (None, 1)],
-    "and has no reward up to 0.5": [RECORD | dict(reward=0, prompt=p) for p in "abc"],
+    "with a reward above 0.5": [RECORD | dict(reward=0, prompt=p) for p in "abc"],
 }
 
 
