@@ -1259,7 +1259,7 @@ def _pack(documents, is_packed, tokenizer, seq_len, noise_frac, seed):
         rest_4N = tokens_4N[:, whole:]
         return dict(zip(columns, tokens_4N[:, :whole].reshape(4, -1, seq_len)))
 
-    rules = [inspect.getsource(rule) for rule in (_pack, _tokens, encode_spans, _pieces)]
+    rules = [inspect.getsource(rule) for rule in (_pack, _tokens, encode, encode_spans, _pieces)]
     made_of = [_tokenizer_fingerprint(tokenizer), documents.to_dict("list"), is_packed, seq_len]
     key = digest([rules, made_of, noise_frac, seed if noise_frac else 0])
     features = {c: datasets.List(datasets.Value(t), length=seq_len) for c, t in columns.items()}
