@@ -847,7 +847,8 @@ def load_data(args, tokenizer, ranks, score=None):
         tempfile.TemporaryFile(dir=folder).close()
     with ranks.rank_0_first() as is_first:
         data = _load_data(args, tokenizer, score) if is_first else None
-    return ranks.broadcast(data)
+    with errors_as(f"{folder}: lacks the rows that rank 0 wrote; set HF_HOME to a shared folder"):
+        return ranks.broadcast(data)
 
 
 def _load_data(args, tokenizer, score):
@@ -866,9 +867,8 @@ def _load_data(args, tokenizer, score):
             number = f"{len(chosen) - len(kept)} of {len(chosen)} {part} records"
             print(f"data      left out {number}: longer than --seq-len {args.seq_len} tokens")
         if not (kept["reward"] > CORRECT).any():
-            needed = (
-                f"fits --seq-len {args.seq_len}, with a reward above {CORRECT} if rewards are given"
-            )
+            fits = f"fits --seq-len {args.seq_len}"
+            needed = f"{fits}, with a reward above {CORRECT} if rewards are given"
             raise UsageError(f"--data {args.data}: no {part} document {needed}")
         fingerprints.append(digest(_texts(chosen)))
         if has_outcomes:

@@ -4,7 +4,7 @@
 #     sbatch benchmarks/cluster/slurm.sh baseline_mtp.py --model Qwen/Qwen2.5-7B --data my.jsonl ...
 #
 # Submit from the project's folder, with the Python environment active. All nodes must see the
-# project and RUN_DIR. Set RUN_DIR and CHECKPOINT_DIR (a shared folder or s3://bucket/path) in the
+# project, RUN_DIR and the Hugging Face cache (HF_HOME). Set RUN_DIR and CHECKPOINT_DIR (a shared folder or s3://bucket/path) in the
 # environment of sbatch, and the numbers of nodes, GPUs and CPUs below or as options of sbatch.
 #
 #SBATCH --job-name=wmtp
