@@ -164,7 +164,7 @@ def prepare_proof(args, free, num_layers):
 
 
 def data_args(data, **changes):
-    defaults = dict(heldout_data="", seq_len=256, seed=0, noise_frac=0.0)
+    defaults = dict(heldout_data="", seq_len=256, seed=0, noise_frac=0.0, noise_by="line")
     return SimpleNamespace(data=data, **{**defaults, **changes})
 
 

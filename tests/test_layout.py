@@ -61,7 +61,8 @@ def test_only_the_algorithm_differs_from_the_baseline(script, limit):
 
 def test_the_flags_stand_in_the_order_of_the_contract():
     flags = """run_dir seed tracker device model num_heads mtp_schedule train data heldout_data
-            seq_len noise_frac batch_size micro_batch_size lr heads_lr warmup_steps max_steps
+            seq_len noise_frac noise_by batch_size micro_batch_size lr heads_lr warmup_steps
+            max_steps
             weight_decay grad_clip dtype compile recompute eval_every eval_rows save_every
             keep_last checkpoint_dir""".split()
     for script in (baseline_mtp, rho1_wmtp, critic_wmtp):
