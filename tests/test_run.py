@@ -60,8 +60,8 @@ class Runs:
         elif name == "rho1":
             values.update(ref_model=self.straight("baseline"))
         elif name == "grad":  # killed after update 3: between two clean batches
-            target = dict(target=self.folder / "records.jsonl", target_every=2, start=1)
-            values.update(target, noise_frac=0.3)
+            target = dict(target=self.folder / "records.jsonl", target_every=2, start=3)
+            values.update(target)
         else:
             values.update(data=self.folder / "records.jsonl", value_batches=1)
         values.update(changes)
