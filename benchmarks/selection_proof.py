@@ -225,7 +225,7 @@ def main():
         "--ref-steps", type=int, default=1500, help="rho1: updates of its reference"
     )
     args = parser.parse_args()
-    out, settings = tools.prepare_proof(args, ("jobs", "seeds", "arms"), num_layers=4)
+    out, settings = tools.prepare_proof(args, ("jobs", "seeds", "arms", "shift"), num_layers=4)
     source = (tools.ROOT / "baseline_mtp.py").read_text()
     changed, count = re.subn(r"\n +weight_BT = .*\n", lambda _: ORACLE, source)
     assert count == 1, f"baseline_mtp.py: {count} lines that set weight_BT, 1 expected"
