@@ -57,7 +57,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, Fsspec
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.cache_utils import Cache
@@ -303,7 +303,20 @@ def set_gradient_sync(model, sync):
 def clip_gradients(model, limit):
     """Scale the gradient down to norm `limit` (0: off); returns its norm before, over all ranks."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return whole(norm).item()
+
+
+def whole(values):
+    """A tensor that is sharded over the ranks in one piece, on every rank; others as they are."""
+    return values.full_tensor() if isinstance(values, DTensor) else values
+
+
+def sum_like(values, sharded):
+    """The sum over all ranks of a whole tensor, sharded as another of its shape is."""
+    if not isinstance(sharded, DTensor):
+        return values
+    parts = DTensor.from_local(values, sharded.device_mesh, [Partial()])
+    return parts.redistribute(placements=sharded.placements)
 
 
 def make_optimizer(model, args):
@@ -412,17 +425,25 @@ class MTPModel(nn.Module):
         Heads 1..K run, K being the first size of `targets_KBT`. A second `[K, B, T]`, without
         gradient, comes with `also="correct"` (1 where the most likely token is the target) or
         `also="entropy"` (of the head's distribution, nats). The target's probability is exp(-loss).
+        Of each loss's gradient by the unembedding it is the norm with `also="norm"`, and with a
+        direction `[V, D]` the product with it: how fast the loss grows along the direction. With
+        `also="gradient"` the gradient of the summed losses, `[V, D]`, comes second. Of tied
+        embeddings the output side alone counts.
         """
         hidden_ND = self.hidden(x_BT, targets_KBT.shape[0]).flatten(0, -2)
         weight_VD, targets_N = self.causal_lm.lm_head.weight, targets_KBT.flatten()
         if torch.is_autocast_enabled(hidden_ND.device.type):
             half = torch.get_autocast_dtype(hidden_ND.device.type)
             hidden_ND, weight_VD = hidden_ND.to(half), weight_VD.to(half)
-        values = token_losses(hidden_ND, weight_VD, targets_N, self.softcap, also)
+        measured = (hidden_ND, weight_VD, targets_N, self.softcap)
+        if also == "gradient":
+            loss_N, gradient_VD = unembedding_gradient(*measured)
+            return loss_N.view(targets_KBT.shape).clone(), gradient_VD
+        values = token_losses(*measured, also)
         values = [v.view(targets_KBT.shape).clone() for v in values]  # FSDP2 takes no views
         if not weight_VD.requires_grad:  # head 1 does not train, so no product of it goes backward
             values[0] = torch.cat([values[0][:1].detach(), values[0][1:]])
-        return tuple(values) if also else values[0]
+        return values[0] if also is None else tuple(values)
 
 
 def weights_of_targets(weight_BT, num_heads):
@@ -449,6 +470,17 @@ def bounded_softmax(logit_N, epsilon, max_weight):
         is_low = (logit_N + middle).exp().clamp(epsilon, max_weight).mean() < 1
         low, high = torch.where(is_low, middle, low), torch.where(is_low, high, middle)
     return (logit_N + high).exp().clamp(epsilon, max_weight).to(dtype)
+
+
+def whiten(score_N, moments, decay=0.99):
+    """Scores less their moving mean, over their moving deviation; updates `moments` `[3]`."""
+    if len(score_N) > 0:
+        new = torch.stack([torch.ones_like(moments[0]), score_N.mean()])
+        moments[:2] = decay * moments[:2] + (1 - decay) * new
+        deviation = (score_N - moments[1] / moments[0]).square().mean()
+        moments[2] = decay * moments[2] + (1 - decay) * deviation
+    mean, deviation = moments[1] / moments[0], (moments[2] / moments[0]).sqrt()
+    return (score_N - mean) / (deviation + 1e-4)
 
 
 def control_weights(u_N, control, key, row_N=None):
@@ -489,18 +521,44 @@ def token_losses(hidden_ND, weight_VD, targets_N, softcap, also=None, chunk=None
     chunk = chunk or max(256, CHUNK_LOGITS[hidden_ND.device.type] // len(weight_VD))
     if len(targets_N) > chunk:
         values = TokenLosses.apply(hidden_ND, weight_VD, targets_N, softcap, chunk, also)
-        return values if also else values[:1]
+        return values[:1] if also is None else values
     logits = logits_of(hidden_ND, weight_VD, softcap)
     loss_N = F.cross_entropy(logits, targets_N, ignore_index=IGNORE, reduction="none")
-    return (loss_N, token_figure(also, logits.detach(), targets_N)) if also else (loss_N,)
+    if also is None:
+        return (loss_N,)
+    return loss_N, token_figure(also, logits.detach(), targets_N, hidden_ND.detach(), softcap)
 
 
-def token_figure(name, logits_NV, targets_N):
-    """`correct` or `entropy` (nats) of each token, `[N]`; 0 where there is no target."""
-    if name == "correct":
+def token_figure(also, logits_NV, targets_N, hidden_ND, softcap):
+    """The figure of each token, `[N]`, that `MTPModel.forward` names; 0 without a target.
+
+    A token's gradient by the unembedding is the outer product of an error of the logits, `[V]`, and
+    its state, `[D]`. So neither its norm nor its product with a direction needs that gradient.
+    """
+    if also == "correct":
         return (logits_NV.argmax(-1) == targets_N).float()
-    entropy_N = torch.special.entr(F.softmax(logits_NV, -1)).sum(-1)
-    return entropy_N.masked_fill(targets_N == IGNORE, 0.0)
+    softmax_NV = F.softmax(logits_NV, -1)
+    if also == "entropy":
+        figure_N = torch.special.entr(softmax_NV).sum(-1)
+    else:
+        one_hot_N1 = targets_N[:, None].clamp(min=0)
+        error_NV = softmax_NV.scatter_add_(-1, one_hot_N1, -torch.ones_like(logits_NV[:, :1]))
+        if softcap is not None:
+            error_NV *= 1 - (logits_NV / softcap) ** 2
+        if also == "norm":
+            figure_N = error_NV.norm(dim=-1) * hidden_ND.float().norm(dim=-1)
+        else:  # a direction, `[V, D]`
+            figure_N = (error_NV * F.linear(hidden_ND, also)).sum(-1)
+    return figure_N.masked_fill(targets_N == IGNORE, 0.0)
+
+
+def unembedding_gradient(hidden_ND, weight_VD, targets_N, softcap):
+    """Cross entropy `[N]`, and the gradient of its sum by the unembedding, `[V, D]`."""
+    weight_VD = weight_VD.detach().requires_grad_()
+    with torch.enable_grad():
+        (loss_N,) = token_losses(hidden_ND.detach(), weight_VD, targets_N, softcap)
+        (gradient_VD,) = torch.autograd.grad(loss_N.sum(), weight_VD)
+    return loss_N.detach(), gradient_VD
 
 
 def logits_of(hidden_ND, weight_VD, softcap, buffer=None):
@@ -535,8 +593,9 @@ class TokenLosses(torch.autograd.Function):
         buffer = hidden_ND.new_empty(chunk * len(weight_VD))
         for rows in TokenLosses.chunks(targets_N != IGNORE, chunk):
             logits = logits_of(hidden_ND[rows], weight_VD, softcap, buffer)
-            if also:
-                figure_N[rows] = token_figure(also, logits, targets_N[rows])
+            if also is not None:
+                work = (logits, targets_N[rows], hidden_ND[rows], softcap)
+                figure_N[rows] = token_figure(also, *work)
             chosen = logits.gather(-1, targets_N[rows, None].clamp(min=0))[:, 0]
             largest = logits.amax(-1, keepdim=True)
             total_N[rows] = logits.sub_(largest).exp_().sum(-1).log_() + largest[:, 0]
@@ -549,7 +608,7 @@ class TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_N, _):
         hidden_ND, weight_VD, targets_N, total_N = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden_ND)
+        grad_hidden = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
@@ -562,7 +621,8 @@ class TokenLosses(torch.autograd.Function):
             error = logits.sub_(total_N[rows, None]).exp_().mul_(grad)
             error.scatter_add_(-1, targets_N[rows, None].clamp(min=0), -grad)  # softmax - one-hot
             error = (error if slope is None else error.mul_(slope)).to(weight_VD.dtype)
-            grad_hidden[rows] = error @ weight_VD
+            if grad_hidden is not None:
+                grad_hidden[rows] = error @ weight_VD
             if grad_weight is None:
                 continue
             if error.dtype == torch.float32:
@@ -833,7 +893,8 @@ def load_data(args, tokenizer, ranks, score=None):
         args.heldout_data: held-out documents, named so too; empty: a part of `args.data`.
         args.seed: fixes which documents are held out. `stdlib:a` and `stdlib:b` train on one half
             each of what `stdlib` trains on with seed 0, and hold out the same, whatever the seed.
-        args.noise_frac: share of the non-blank training lines replaced by random characters.
+        args.noise_frac: share of the non-blank training lines, or with `args.noise_by` "byte" of
+            the characters, replaced by random characters.
         score: `score(prompts, completions)` gives the rewards `[N]` of records without one.
 
     Raises:
@@ -858,8 +919,8 @@ def _load_data(args, tokenizer, score):
     rows, fingerprints = {}, []
     for part in ("training", "held-out"):
         chosen = documents[documents["part"] == part].fillna({"reward": 1.0})
-        noise_frac = args.noise_frac if part == "training" else 0.0
-        packed = _pack(chosen, is_packed, tokenizer, args.seq_len, noise_frac, args.seed)
+        noise = (args.noise_frac, args.noise_by, args.seed) if part == "training" else (0, "", 0)
+        packed = _pack(chosen, is_packed, tokenizer, args.seq_len, noise)
         kept = chosen
         if not is_packed:
             kept = chosen.iloc[packed["document"][:].reshape(-1, args.seq_len)[:, 0]]
@@ -1233,7 +1294,7 @@ def _mutant(function, choose):
     return ast.unparse(function)
 
 
-def _pack(documents, is_packed, tokenizer, seq_len, noise_frac, seed):
+def _pack(documents, is_packed, tokenizer, seq_len, noise):
     """Rows of the documents, built once, kept in a file of their own and memory-mapped.
 
     Texts stand one after the other, each ended by EOS, the last row padded; a record has a row of
@@ -1249,7 +1310,7 @@ def _pack(documents, is_packed, tokenizer, seq_len, noise_frac, seed):
 
     def rows_of(batch, numbers):
         nonlocal rest_4N
-        tokens = [*_tokens(pd.DataFrame(dict(batch)), numbers, tokenizer, noise_frac, seed)]
+        tokens = [*_tokens(pd.DataFrame(dict(batch)), numbers, tokenizer, *noise)]
         if not is_packed:
             tokens = [padded(tokens_4N) for tokens_4N in tokens if tokens_4N.shape[1] <= seq_len]
         tokens_4N = np.concatenate([rest_4N, *tokens], 1)
@@ -1261,7 +1322,7 @@ def _pack(documents, is_packed, tokenizer, seq_len, noise_frac, seed):
 
     rules = [inspect.getsource(rule) for rule in (_pack, _tokens, encode, encode_spans, _pieces)]
     made_of = [_tokenizer_fingerprint(tokenizer), documents.to_dict("list"), is_packed, seq_len]
-    key = digest([rules, made_of, noise_frac, seed if noise_frac else 0])
+    key = digest([rules, made_of, noise if noise[0] else 0])
     features = {c: datasets.List(datasets.Value(t), length=seq_len) for c, t in columns.items()}
     options = dict(with_indices=True, batched=True, batch_size=256, new_fingerprint=key)
     options.update(features=datasets.Features(features), remove_columns=[*documents])
@@ -1270,7 +1331,7 @@ def _pack(documents, is_packed, tokenizer, seq_len, noise_frac, seed):
     return texts.map(rows_of, cache_file_name=file, **options).with_format("numpy")
 
 
-def _tokens(documents, numbers, tokenizer, noise_frac, seed):
+def _tokens(documents, numbers, tokenizer, noise_frac, noise_by, seed):
     """Yield the tokens of each document, `[4, N]`: id, document, is_target, is_noise.
 
     Prompt and completion are encoded together. A token on their border is a target.
@@ -1278,7 +1339,8 @@ def _tokens(documents, numbers, tokenizer, noise_frac, seed):
     is_chat = documents["is_chat"][0]
     prefix = encode(tokenizer, [""], special_tokens=not is_chat)[0]
     documents = [*documents.itertuples()]
-    pieces = [_pieces(d, noise_frac, (seed, number)) for d, number in zip(documents, numbers)]
+    pairs = zip(documents, numbers)
+    pieces = [_pieces(d, noise_frac, noise_by, (seed, number)) for d, number in pairs]
     texts = [text for own in pieces for text, _ in own]
     encoded = iter(encode_spans(tokenizer, texts, is_chat))
     for document, number, own in zip(documents, numbers, pieces):
@@ -1329,22 +1391,23 @@ def encode_spans(tokenizer, texts, is_chat=False):
     return [np.array([ids, *np.reshape(spans, (-1, 2)).T], int) for ids, spans in pairs]
 
 
-def _pieces(document, noise_frac, key):
+def _pieces(document, noise_frac, noise_by, key):
     """The document's text in pieces, each with a flag of noise.
 
-    That share of the completion's non-blank lines is noise. No token crosses the border of a noisy
-    line: what lies between two of them is encoded by itself.
+    That share of the completion's non-blank lines (`noise_by` "line") or characters ("byte") is
+    noise. No token crosses the border of noise: what lies between is encoded by itself.
     """
     if not noise_frac:
         return [(document.prompt + document.completion, False)]
     random, pieces = np.random.default_rng(key), [[document.prompt, False]]
-    for line in document.completion.splitlines(keepends=True):
-        body = line.rstrip("\r\n")
+    text = document.completion
+    for unit in text.splitlines(keepends=True) if noise_by == "line" else text:
+        body = unit.rstrip("\r\n")
         if body.strip() and random.random() < noise_frac:
             noise = bytes(random.integers(32, 127, len(body), np.uint8)).decode()
-            pieces += [[noise, True], [line[len(body) :], False]]
+            pieces += [[noise, True], [unit[len(body) :], False]]
         else:
-            pieces[-1][0] += line
+            pieces[-1][0] += unit
     return pieces
 
 

@@ -54,7 +54,7 @@ from common import check_ranges, check_run_args, clip_gradients, control_weights
 from common import describe, first_line, full_state, heldout_batches
 from common import imitate_all, learning_rate, load_batch, load_data, make_optimizer
 from common import micro_batch_rows, micro_batches, run_script, set_gradient_sync, setup_ranks
-from common import sha256, shard, weights_of_targets
+from common import sha256, shard, weights_of_targets, whiten
 
 # Shapes: B sequences, T positions, K heads, D width, R ranks, N targets of all ranks, or rows.
 GATE_TEMPERATURE = 0.7  # deviations of the score by which u falls to 1/e
@@ -81,7 +81,8 @@ class Args:
     data: str = "stdlib-bugs"  # or a file, folder or hub name with prompt, completion, reward
     heldout_data: str = ""  # held-out documents, named as --data; empty: a part of --data
     seq_len: int = 256  # tokens a row
-    noise_frac: float = 0.0  # share of the training lines replaced by random characters
+    noise_frac: float = 0.0  # share of the training text replaced by random characters
+    noise_by: Literal["line", "byte"] = "line"  # what is replaced: whole lines, single characters
 
     # Optimisation
     batch_size: int = 4  # rows an update, over all ranks and micro-steps
@@ -180,17 +181,6 @@ def advantages(value_BT, reward_B, target_BT, gae_lambda):
     advantage_BT = (delta_BT * (target_BT & ~is_last_BT)) @ share_TT
     outcome_BT = reward_B[:, None] - F.pad(value_BT[:, :-1], (1, 0))
     return torch.where(is_last_BT, outcome_BT, advantage_BT)
-
-
-def whiten(score_N, moments, decay=0.99):
-    """Scores less their moving mean, over their moving deviation; updates `moments` `[3]`."""
-    if len(score_N) > 0:
-        new = torch.stack([torch.ones_like(moments[0]), score_N.mean()])
-        moments[:2] = decay * moments[:2] + (1 - decay) * new
-        deviation = (score_N - moments[1] / moments[0]).square().mean()
-        moments[2] = decay * moments[2] + (1 - decay) * deviation
-    mean, deviation = moments[1] / moments[0], (moments[2] / moments[0]).sqrt()
-    return (score_N - mean) / (deviation + 1e-4)
 
 
 @torch.no_grad()

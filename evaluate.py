@@ -706,7 +706,7 @@ def load_heldout(args, record, model, tokenizer, ranks):
     longest = max_positions(model.causal_lm.config)
     if seq_len > longest:
         raise UsageError(f"--seq-len {seq_len}: the model has positions for {longest} tokens")
-    options = dict(seed=args.seed, noise_frac=0.0, heldout_data="")
+    options = dict(seed=args.seed, noise_frac=0.0, noise_by="line", heldout_data="")
     options.update({key: own[key] for key in options if key in own and not args.data})
     options.update(data=name, seq_len=seq_len, seed=own.get("seed", args.seed))
     data = load_data(SimpleNamespace(**options), tokenizer, ranks)

@@ -79,7 +79,8 @@ class Args:
     data: str = "stdlib"  # stdlib(:a|:b), stdlib-bugs, sums, mbpp; a file, folder, URL or hub name
     heldout_data: str = ""  # held-out documents, named as --data; empty: a part of --data
     seq_len: int = 256  # tokens a row
-    noise_frac: float = 0.0  # share of the training lines replaced by random characters
+    noise_frac: float = 0.0  # share of the training text replaced by random characters
+    noise_by: Literal["line", "byte"] = "line"  # what is replaced: whole lines, single characters
 
     # Optimisation
     batch_size: int = 4  # rows an update, over all ranks and micro-steps

@@ -1,4 +1,4 @@
-"""Cost of a training step: rho1 and the critic beside the baseline.
+"""Cost of a training step: rho1, grad and the critic beside the baseline.
 
     python benchmarks/step_cost.py [--rounds 5] [--steps 60] [--device cpu]
     python benchmarks/step_cost.py --model FOLDER/config.json --batch-size 1 --steps 20 \\
@@ -25,12 +25,14 @@ BUGS = dict(data="stdlib-bugs")
 def forms_of(folder):
     """Script and flags of each form."""
     text = dict(data=folder / "text.txt", noise_frac=0.3)
-    rho1 = dict(text, ref_model=folder / "reference")
+    rho1, grad = dict(text, ref_model=folder / "reference"), dict(text, target=text["data"])
     forms = {
         "baseline": ("baseline_mtp.py", text),
         "rho1, weighted": ("rho1_wmtp.py", dict(rho1, mode="weighted")),
         "rho1, token_skip": ("rho1_wmtp.py", dict(rho1, mode="token_skip")),
         "rho1, --ref-online": ("rho1_wmtp.py", dict(rho1, mode="weighted", ref_online=True)),
+        "grad, weighted": ("grad_wmtp.py", dict(grad, mode="weighted")),
+        "grad, token_skip": ("grad_wmtp.py", dict(grad, mode="token_skip")),
         "baseline, records": ("baseline_mtp.py", BUGS),
     }
     for kind in ("frozen", "separate"):
@@ -44,34 +46,27 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument(
-        "--forms", nargs="+", choices=forms_of(Path()), default=list(forms_of(Path()))
-    )
+    names = list(forms_of(Path()))
+    parser.add_argument("--forms", nargs="+", choices=names, default=names)
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="step_cost-"))
     common = dict(seq_len=LENGTH, batch_size=args.batch_size, tracker="none", save_every=0)
     common |= dict(device=args.device, dtype="fp32", mtp_schedule="constant", num_heads=4)
     common["model"] = args.model if args.model == "tiny" else Path(args.model).resolve()
     forms = forms_of(folder)
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[
-        ::10
-    ]  # few: runs judge them too
-    (folder / "text.txt").write_text("".join(file.read_text() for file in files))
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    texts = [file.read_text() for file in files[::10]]  # few: runs judge them too
+    (folder / "text.txt").write_text("".join(texts))
 
     def run(script, **flags):
         tools.run_script(script, tools.as_flags(common | flags), folder / "last.txt")
         lines = tools.read_metrics(flags["run_dir"])
-        return [
-            args.batch_size * LENGTH / line["perf/tokens_per_s"]
-            for line in lines
-            if "perf/tokens_per_s" in line
-        ]
+        speeds = [line["perf/tokens_per_s"] for line in lines if "perf/tokens_per_s" in line]
+        return [args.batch_size * LENGTH / speed for speed in speeds]
 
     if any(name.startswith("rho1") for name in args.forms):
-        start = dict(
-            data=folder / "text.txt", num_heads=1, max_steps=20, run_dir=folder / "reference"
-        )
-        run("baseline_mtp.py", **start)
+        start = dict(num_heads=1, max_steps=20, run_dir=folder / "reference")
+        run("baseline_mtp.py", data=folder / "text.txt", **start)
     seconds = {name: [] for name in args.forms}
     for number in range(args.rounds):
         for name in tools.in_turn(args.forms, number):

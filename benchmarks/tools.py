@@ -128,9 +128,8 @@ def run_script(script, words, log=None, threads=1):
     script = Path(script) if Path(script).is_absolute() else ROOT / script
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     line = [sys.executable, str(script), *map(str, words)]
-    done = subprocess.run(
-        line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(line, env=env, **pipes)
     if log:
         Path(log).write_text(done.stdout)
     if done.returncode:
@@ -155,16 +154,15 @@ def prepare_proof(args, free, num_layers):
     file = out / "settings.json"
     if file.exists() and json.loads(file.read_text()) != settings:
         held = file.read_text()
-        raise SystemExit(
-            f"error: --out {out}: holds runs with other settings ({held}); name a new one"
-        )
+        held = f"holds runs with other settings ({held})"
+        raise SystemExit(f"error: --out {out}: {held}; name a new one")
     file.write_text(json.dumps(settings))
     write_json(out / "config.json", {**PROOF_MODEL, "num_hidden_layers": num_layers})
     return out, settings
 
 
 def data_args(data, **changes):
-    defaults = dict(heldout_data="", seq_len=256, seed=0, noise_frac=0.0)
+    defaults = dict(heldout_data="", seq_len=256, seed=0, noise_frac=0.0, noise_by="line")
     return SimpleNamespace(data=data, **{**defaults, **changes})
 
 
@@ -239,31 +237,3 @@ def difference_with_interval(one, other, count):
     result = scipy.stats.bootstrap(values, statistic, **options, batch=500, rng=0)
     low, high = result.confidence_interval
     return float(statistic(difference, np.asarray(count))), [float(low), float(high)]
-
-
-def mean_and_sd(values):
-    """Mean, and standard deviation (None for one value)."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return statistics.mean(values), deviation
-
-
-def with_sd(mean, deviation, digits=4):
-    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ({deviation:.{digits}f})")
-
-
-def difference_cells(row, key):
-    """Mean (deviation) of a figure, and its difference to `uniform` [interval]."""
-    low, high = row[f"{key}_interval"]
-    difference = f"{row[f'{key}_difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
-    return [with_sd(row[key], row[f"{key}_sd"]), difference]
-
-
-def plot_differences(axes, names, differences, intervals, label):
-    """One row a name: the difference to equal weights and its interval."""
-    for place, (middle, (low, high)) in enumerate(zip(differences, intervals)):
-        error = [[max(0.0, middle - low)], [max(0.0, high - middle)]]
-        axes.errorbar(middle, place, xerr=error, fmt="o", color="C0", capsize=3)
-    axes.axvline(0, color="0.6", linewidth=1)
-    axes.set(yticks=range(len(names)), yticklabels=names, xlabel=label)
-    axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)

@@ -148,7 +148,7 @@ def slow_bounded(powers, epsilon, max_weight):
 
 def data_args(data, **changes):
     """Arguments of `load_data`."""
-    defaults = dict(heldout_data="", seq_len=32, seed=0, noise_frac=0.0)
+    defaults = dict(heldout_data="", seq_len=32, seed=0, noise_frac=0.0, noise_by="line")
     return SimpleNamespace(data=str(data), **{**defaults, **changes})
 
 

@@ -3,6 +3,7 @@
 import csv
 import functools
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -248,6 +249,40 @@ def test_noise_is_flagged_where_lines_differ(tmp_path, tokenizer):
     assert not noisy.heldout[:]["is_noise"].any()
 
 
+def test_noise_by_byte_replaces_single_characters(tmp_path):
+    """Against the clean text, character by character: blank ones stay, the share is that asked."""
+    file = write(
+        tmp_path / "a.jsonl", [t.encode("ascii", "replace").decode() for t in some_texts(300)]
+    )
+    clean, noisy = (load(file, noise_frac=f, noise_by="byte").train for f in (0.0, 0.3))
+    old_N, new_N, is_noise_N = clean[:]["input_ids"], noisy[:]["input_ids"], noisy[:]["is_noise"]
+    is_text_N = (clean[:]["document"] >= 0) & (old_N > ord(" ") + 3)  # a byte's id is byte + 3
+    assert np.array_equal(old_N[~is_noise_N], new_N[~is_noise_N])
+    assert not is_noise_N[~is_text_N].any()
+    letters_N = new_N[is_noise_N] - 3
+    assert letters_N.min() >= 32 and letters_N.max() < 127 and len(np.unique(letters_N)) == 95
+    share, number = is_noise_N[is_text_N].mean(), is_text_N.sum()
+    assert abs(share - 0.3) < 4 * math.sqrt(0.3 * 0.7 / number) and number > 10_000
+    same = (old_N == new_N)[is_noise_N].mean()  # one draw of 95 is the character that was there
+    assert same < 0.03
+
+
+def test_noise_by_line_is_drawn_as_it_always_was():
+    """To the last bit: one number a line that is not blank, then its characters."""
+    text = "".join(f"line {n}\n\n   x{n} é日\r\n" for n in range(300)) + "tail"
+    random, expected = np.random.default_rng((3, 5)), ""
+    for line in text.splitlines(keepends=True):
+        body = line.rstrip("\r\n")
+        if body.strip() and random.random() < 0.3:
+            body = "".join(map(chr, random.integers(32, 127, len(body), np.uint8)))
+        expected += body + line[len(line.rstrip("\r\n")) :]
+    document = SimpleNamespace(prompt="p", completion=text)
+    pieces = common._pieces(document, 0.3, "line", (3, 5))
+    assert "".join(piece for piece, _ in pieces) == "p" + expected
+    digest = hashlib.sha256(repr(pieces).encode()).hexdigest()
+    assert digest.startswith("df36663d06cc1bdf")  # of the first version of this noise
+
+
 def test_noise_is_in_completions_and_a_function_of_seed_and_document(tmp_path):
     file = write(tmp_path / "a.jsonl", [mbpp_task(n) for n in (511, *range(601, 640))])
     variants = [{}, {}, dict(tokenizer=FAST, seq_len=310), dict(seed=1), dict(noise_frac=0)]
@@ -281,7 +316,7 @@ def test_after_an_edit_of_the_code_that_makes_them_documents_and_rows_are_made_a
     file = write(tmp_path / "a.jsonl", ["a", "b"])
     assert all_texts(load(file)) == Counter("ab")
 
-    def _pieces(document, noise_frac, key):
+    def _pieces(document, noise_frac, noise_by, key):
         return [(document.completion * 2, False)]
 
     monkeypatch.setattr(common, "_pieces", _pieces)

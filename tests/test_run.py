@@ -26,11 +26,13 @@ import baseline_mtp
 import common
 import critic_wmtp
 import evaluate
+import grad_wmtp
 import rho1_wmtp
 from conftest import metrics_of, refused, run_main, same_tensors, short_args, weights_of
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"baseline": baseline_mtp, "rho1": rho1_wmtp, "critic": critic_wmtp}
+SCRIPTS["grad"] = grad_wmtp
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -39,7 +41,7 @@ class Killed(BaseException):
 
 
 class Runs:
-    """Short runs of the three scripts on the small material, each done once for all tests."""
+    """Short runs of the scripts on the small material, each done once for all tests."""
 
     def __init__(self, material, folder):
         self.material, self.folder = material, folder
@@ -57,6 +59,9 @@ class Runs:
             values.update(mtp_schedule="forward", micro_batch_size=2)
         elif name == "rho1":
             values.update(ref_model=self.straight("baseline"))
+        elif name == "grad":  # killed after update 3: between two clean batches
+            target = dict(target=self.folder / "records.jsonl", target_every=2, start=3)
+            values.update(target)
         else:
             values.update(data=self.folder / "records.jsonl", value_batches=1)
         values.update(changes)
