@@ -1942,8 +1942,7 @@ class Checkpoints:
         with errors_as(f"{self.flag}: no store that can be used"):
             self.fs, self.root = file_system(self.folder)
         self.is_local = isinstance(self.fs, LocalFileSystem)
-        group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
-        self.options = dict(process_group=group, no_dist=group is None)
+        self.group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
 
     def save(self, step, model, optimizer, metrics):
         """Copy the state, then write it beside training; waits for the save before this one."""
@@ -1967,7 +1966,8 @@ class Checkpoints:
 
         writer.finish = finish
         state = named_state(model, optimizer)
-        self.pending = name, dcp.async_save(state, storage_writer=writer, **self.options)
+        future = dcp.async_save(state, storage_writer=writer, process_group=self.group)
+        self.pending = name, future
 
     def wait(self):
         """Wait for the save that is under way; False, with one line, if it failed on any rank."""
@@ -2003,7 +2003,8 @@ class Checkpoints:
         if name is None:
             return 0, b""
         reader = self.storage(f"{self.root}/{name}", dcp.FileSystemReader, FsspecReader)
-        dcp.load(named_state(model, optimizer), storage_reader=reader, **self.options)
+        state = named_state(model, optimizer)
+        dcp.load(state, storage_reader=reader, process_group=self.group)
         self.ranks.print(f"resume    from {self.folder}/{name}")
         before, now = (identity.get("max_steps") for identity in (meta["identity"], self.identity))
         if before != now:
@@ -2083,7 +2084,7 @@ def load_checkpoints(run_dir, args, step):
     partial = dcp.DefaultLoadPlanner(allow_partial_load=True)  # what did not train is not in it
     for number in steps if step == "all" else [int(step)]:
         reader = checkpoints.storage(steps[number], dcp.FileSystemReader, FsspecReader)
-        dcp.load({"model": state | critic}, storage_reader=reader, planner=partial, no_dist=True)
+        dcp.load({"model": state | critic}, storage_reader=reader, planner=partial)
         yield number, model, tokenizer
 
 
@@ -2104,11 +2105,6 @@ class Generated:
     forwards: int = 0  # passes of the model over the batch, prompts included
     row_steps: int = 0  # passes counted once for each row in them, prompts excluded
     new_tokens: int = 0  # tokens from those passes, end-of-sequence tokens included
-
-    @property
-    def tokens_per_forward(self):
-        """Mean number of new tokens that a row gets from a pass; 1 for plain decoding."""
-        return self.new_tokens / max(1, self.row_steps)
 
 
 class RowCache(Cache):

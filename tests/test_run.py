@@ -479,15 +479,9 @@ def test_runs_that_start_together_in_a_new_folder_all_have_a_record(tmp_path, mo
     import mlflow  # noqa: F401 (once for all three)
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow sets it for its children
-    fork = multiprocessing.get_context("fork")
     names = ["a", "b", "c"]
-    for name in names:
-        (tmp_path / name).mkdir()
-    starts = [fork.Process(target=start_and_end, args=(tmp_path / name,)) for name in names]
-    for process in starts:
-        process.start()
-    for process in starts:
-        process.join()
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        pool.map(start_and_end, [tmp_path / name for name in names], chunksize=1)
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
@@ -496,6 +490,7 @@ def test_runs_that_start_together_in_a_new_folder_all_have_a_record(tmp_path, mo
 
 
 def start_and_end(folder):
+    folder.mkdir()
     common.Tracker("mlflow", folder, {"seed": 0}).finish([])
 
 
