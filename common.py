@@ -257,6 +257,9 @@ def setup_ranks(device, dtype):
     return ranks
 
 
+SMALL_LAYER = 2**20  # parameters below which a group of its own costs more than it saves
+
+
 def shard(model, ranks):
     """Shard parameters, gradients and optimizer state over all ranks (FSDP2); a no-op on one.
 
@@ -268,7 +271,8 @@ def shard(model, ranks):
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
     options = dict(mesh=init_device_mesh(ranks.device.type, (ranks.world_size,)), mp_policy=policy)
     for layer in model.layers:
-        fully_shard(layer, **options)
+        if sum(p.numel() for p in layer.parameters()) >= SMALL_LAYER:
+            fully_shard(layer, **options)
     fully_shard(model, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
