@@ -8,6 +8,7 @@ Shapes: B sequences, T positions, K heads, V vocabulary, D width, N tokens or ro
 """
 
 import ast
+import collections
 import contextlib
 import copy
 import csv
@@ -21,7 +22,6 @@ import inspect
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import random
@@ -39,7 +39,6 @@ from pathlib import Path
 
 import datasets
 import filelock
-import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow.parquet
@@ -58,7 +57,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.cache_utils import Cache
 from transformers.generation.logits_process import TopPLogitsWarper
@@ -103,30 +101,25 @@ class Output(io.FileIO):
 
 
 def run_script(main, args_class, doc):
-    """Parse the command line and run `main(args)`; a `UsageError` is one line and exit code 2.
-
-    Of arguments, `~` is a home, and `folder/` is `folder`.
-    """
+    """Parse the command line and run `main(args)`; a `UsageError` is one line and exit code 2."""
     is_first = os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ
-    for name, number in (("stdout", 1), ("stderr", 2)):
-        if (stream := getattr(sys, f"__{name}__")) is not None:
-            raw = io.BufferedWriter(Output(number, "w", closefd=False))
+    for name, stream in (("stdout", sys.__stdout__), ("stderr", sys.__stderr__)):
+        if stream is not None:  # a daemon has none
+            raw = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
             options = dict(errors="backslashreplace", line_buffering=True)
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, **options))
     transformers.utils.logging.disable_progress_bar()
     try:
         args = tyro.cli(args_class, description=doc, console_outputs=is_first)
         for name, value in vars(args).items():
-            setattr(args, name, without_slash(value))
+            setattr(args, name, plain_name(value))
         main(args)
-    except UsageError as error:
+    except (UsageError, KeyboardInterrupt) as stop:  # a run that trains catches signals itself
+        is_error = isinstance(stop, UsageError)
         if is_first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:  # once a run trains, it catches signals itself
-        if is_first:
-            print("stopped   by SIGINT", file=sys.stderr, flush=True)
-        raise SystemExit(130) from None
+            line = f"error: {stop}" if is_error else "stopped   by SIGINT"
+            print(line, file=sys.stderr, flush=True)
+        raise SystemExit(2 if is_error else 130) from None
     except Exception:
         if "mlflow" in sys.modules:
             sys.modules["mlflow"].end_run("FAILED")
@@ -136,10 +129,10 @@ def run_script(main, args_class, doc):
             dist.destroy_process_group()
 
 
-def without_slash(value):
+def plain_name(value):
     """An argument, or each of a list, with `~` as a home and no slash at the end."""
     if isinstance(value, list):
-        return [without_slash(one) for one in value]
+        return [plain_name(one) for one in value]
     is_text = isinstance(value, str)
     return re.sub(r"(?<=[^:/])/+$", "", os.path.expanduser(value)) if is_text else value
 
@@ -152,12 +145,16 @@ def check_ranges(args, **limits):
             raise UsageError(f"{flag}: from {least:g} to {most:g}")
 
 
+def is_fresh(name):
+    """Whether what `--model` names is trained from scratch."""
+    return name == "tiny" or name.endswith(".json")
+
+
 def check_run_args(args):
-    """Set the default rates, and refuse what is out of range in the arguments of all scripts.
+    """Refuse arguments that are out of range, and set the rates that are None.
 
     `--lr`: 3e-3 from scratch, 1e-5 with weights. `--heads-lr`: 1e-3 where heads are added to a
-    model with weights (heads 2..4 of SmolLM2-135M, 20 updates of all: 6.3, 6.9, 7.3 nats against
-    9.0, 9.7, 10.3 at 1e-5, and head 1 was no worse), else `--lr`.
+    model with weights (SmolLM2-135M after 20 updates: head 2 at 6.3 nats, 9.0 at 1e-5).
     """
     fresh = is_fresh(args.model)
     if args.train == "heads" and (fresh or args.num_heads < 2):
@@ -168,14 +165,9 @@ def check_run_args(args):
     if args.heads_lr is None:
         has_heads = fresh or Path(model_dir(args.model), HEADS_FILE).exists()
         args.heads_lr = args.lr if has_heads and args.train == "all" else 1e-3
-    names = ["seed", "lr", "heads_lr", "weight_decay", "grad_clip", "warmup_steps"]
-    names += ["eval_every", "eval_rows", "save_every", "keep_last"]
-    check_ranges(args, max_steps=(1, 1e18), **dict.fromkeys(names, (0, 1e18)))
-
-
-def is_fresh(name):
-    """Whether what `--model` names is trained from scratch."""
-    return name == "tiny" or name.endswith(".json")
+    names = "seed lr heads_lr weight_decay grad_clip warmup_steps eval_every eval_rows save_every"
+    check_ranges(args, **dict.fromkeys([*names.split(), "keep_last"], (0, 1e18)))
+    check_ranges(args, max_steps=(1, 1e18), num_heads=(1, 1e18))
 
 
 @dataclasses.dataclass
@@ -219,8 +211,7 @@ class Ranks:
             yield self.rank == 0
         except UsageError as error:
             message = str(error)
-        message = self.broadcast(message)
-        if message is not None:
+        if message := self.broadcast(message):
             raise UsageError(message)
 
     def barrier(self):
@@ -233,39 +224,37 @@ class Ranks:
             print(text, flush=True)
 
 
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # its variables
-
-
 def setup_ranks(device, dtype):
     """Join torchrun's process group (without torchrun: one process); choose device and dtype.
 
     `dtype="auto"` is bf16 on a GPU that has it and fp32 elsewhere, so a command gives the same
     numbers on any CPU.
     """
-    missing = ", ".join(name for name in TORCHRUN if name not in os.environ)
-    for name in ("RANK", "WORLD_SIZE"):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of torchrun
+    missing = ", ".join(name for name in names if name not in os.environ)
+    for name in names[:2]:
         if missing and name in os.environ:
             text = f"is set without {missing}; unset it, or start by torchrun"
             raise UsageError(f"{name}={os.environ[name]} in the environment {text}")
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if device == "auto":
-        device = "cuda" if available["cuda"] else "cpu"
-    if not available.get(device, True):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and not getattr(torch, device).is_available():
         raise UsageError(f"--device {device}: torch finds no such device; use --device cpu")
-    own_device = torch.device(device)
-    if device == "cuda":
-        own_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(own_device)
-    if world_size > 1:
-        timeout = datetime.timedelta(hours=1)  # rank 0 tokenises while the others wait
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
     if dtype == "auto":
         has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bf16" if has_bf16 else "fp32"
-    products = torch.bfloat16 if dtype == "bf16" else torch.float32
-    ranks = Ranks(rank, world_size, own_device, products)
-    ranks.print(f"device    {device}, {world_size} rank(s), {dtype} products, fp32 master weights")
+    ranks = Ranks(device=torch.device(device))
+    ranks.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+    if not missing:
+        ranks.rank, ranks.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if device == "cuda":
+        ranks.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(ranks.device)
+    if ranks.world_size > 1:
+        timeout = datetime.timedelta(hours=1)  # rank 0 tokenises while the others wait
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
+    products = f"{ranks.world_size} rank(s), {dtype} products, fp32 master weights"
+    ranks.print(f"device    {device}, {products}")
     return ranks
 
 
@@ -320,21 +309,21 @@ def sum_like(values, sharded):
 
 
 def make_optimizer(model, args):
-    """AdamW with decay on matrices alone; its moments exist from the start.
+    """AdamW with decay on matrices alone; the rate of a group is `--lr` times its `scale`.
 
-    A group's rate is `--lr` times its `scale`: heads 2..H have a rate of their own. Parameters
-    without moments, such as the late heads of a curriculum, would be dropped by
-    torch.distributed.checkpoint (pytorch #192202).
+    Moments exist from the start: parameters without them, such as the late heads of a curriculum,
+    would be dropped by torch.distributed.checkpoint (pytorch #192202).
     """
-    heads_scale, groups = args.heads_lr / args.lr if args.lr else 1.0, {}
+    heads_scale = args.heads_lr / args.lr if args.lr else 1.0
+    groups = collections.defaultdict(list)
     for name, p in model.named_parameters():
         if p.requires_grad:
+            is_head = re.search(r"layers\.\d+\.layers\.[1-9]", name)  # 2..H
             decay = args.weight_decay if p.ndim >= 2 else 0.0
-            is_head = re.search(r"layers\.\d+\.layers\.[1-9]", name)
-            groups.setdefault((decay, heads_scale if is_head else 1.0), []).append(p)
+            groups[decay, heads_scale if is_head else 1.0].append(p)
     groups = [dict(params=ps, weight_decay=decay, scale=s) for (decay, s), ps in groups.items()]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    for p in [p for group in groups for p in group["params"]]:
+    for p in itertools.chain.from_iterable(group["params"] for group in groups):
         step = torch.zeros((), dtype=torch.float32, device=p.device)
         moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         optimizer.state[p] = {"step": step, **moments}
@@ -361,15 +350,10 @@ class Heads(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.active = len(layers)  # heads 1..active run
-        self.recompute = False  # the backward runs the head layers again
 
     def forward(self, hidden_BTD, *args, **kwargs):
-        outputs = []
-        for layer in list(self.layers)[: self.active]:  # a slice of a ModuleList is a new module
-            if self.recompute:
-                layer = functools.partial(checkpoint, layer, use_reentrant=False)
-            outputs.append(layer(hidden_BTD, *args, **kwargs))
-        return torch.cat(outputs)
+        layers = list(self.layers)[: self.active]  # a slice of a ModuleList is a new module
+        return torch.cat([layer(hidden_BTD, *args, **kwargs) for layer in layers])
 
 
 class MTPModel(nn.Module):
@@ -656,8 +640,6 @@ def build_model(name, num_heads, seq_len=None, recompute="none"):
     Raises:
         UsageError: no such model, an unsupported family, numbers that do not fit.
     """
-    if num_heads < 1:
-        raise UsageError(f"--num-heads {num_heads}: at least 1")
     if name == "tiny":
         folder, model = None, from_config(transformers.LlamaConfig(**TINY), num_heads)
         # 0.07 bits per byte better than a deviation of 0.05, after 1 M tokens
@@ -673,9 +655,11 @@ def build_model(name, num_heads, seq_len=None, recompute="none"):
     longest = max_positions(model.causal_lm.config)
     if seq_len is not None and seq_len > longest:
         raise UsageError(f"--seq-len {seq_len}: --model {name} has {longest} positions at most")
-    model.heads.recompute = recompute == "heads"
-    if recompute == "all":
-        model.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+    if recompute != "none":
+        model.causal_lm.activation_checkpointing_enable()
+    if recompute == "heads":
+        for layer in model.trunk_layers:
+            layer.gradient_checkpointing = False
     return model, tokenizer
 
 
@@ -697,9 +681,9 @@ def load_tokenizer(folder=None, model=None):
     Raises:
         UsageError: it cannot be read, does not end texts, or is not that of `model`.
     """
-    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     is_local = folder is not None and Path(folder).is_dir()
-    if folder is None or (is_local and not any(Path(folder, file).exists() for file in files)):
+    files = [*Path(folder).glob("tokenizer*"), *Path(folder).glob("vocab*")] if is_local else []
+    if folder is None or (is_local and not files):
         tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
     else:
         with errors_as(f"--model {folder}: not a model that can be used"):
@@ -710,12 +694,13 @@ def load_tokenizer(folder=None, model=None):
             tokenizer = kind.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
         raise UsageError(f"--model {folder}: its tokenizer has no end-of-sequence token")
-    rows = len(tokenizer) if model is None else len(model.causal_lm.lm_head.weight)
-    if not 0 <= rows - len(tokenizer) < 1024:  # families pad: by 399 in Qwen2.5-7B
-        sizes = f"its vocabulary has {rows} entries, its tokenizer {len(tokenizer)}"
+    entries = len(tokenizer)
+    rows = entries if model is None else len(model.causal_lm.lm_head.weight)
+    if not 0 <= rows - entries < 1024:  # families pad: by 399 in Qwen2.5-7B
+        sizes = f"its vocabulary has {rows} entries, its tokenizer {entries}"
         raise UsageError(f"--model {folder}: {sizes}; name a folder whose tokenizer is its own")
-    if len(tokenizer) < rows and int(os.environ.get("RANK", 0)) == 0:
-        print(f"tokenizer {len(tokenizer)} entries, fewer than the model's {rows} rows", flush=True)
+    if entries < rows and int(os.environ.get("RANK", 0)) == 0:
+        print(f"tokenizer {entries} entries, fewer than the model's {rows} rows", flush=True)
     return tokenizer
 
 
@@ -733,26 +718,22 @@ def check_read_back(name, tokenizer):
 def from_config(config, num_heads):
     """A fresh model with `config.num_hidden_layers` layers, trunk and heads together.
 
+    Heads are of the kind of head 1 (sliding or full attention), whatever `config` says of them.
+
     Raises:
-        UsageError: more heads than layers; layers of several kinds.
+        UsageError: more heads than layers.
     """
     total = config.num_hidden_layers
     if num_heads > total:
         layers = f"the model has {total} layers, trunk and heads together"
         raise UsageError(f"--num-heads {num_heads}: {layers}; at most {total}")
-    kinds = getattr(config, "layer_types", None) or []
-    if len(set(kinds)) > 1:
-        words = f"{config.model_type} has layers of several kinds, {sorted(set(kinds))}"
-        raise UsageError(f"--model: {words}; from scratch, set layer_types to one of them")
-    config = copy.deepcopy(config)
     causal_lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     layers, kept = causal_lm.model.layers, total - num_heads + 1
-    head_states = [layer.state_dict() for layer in layers[kept:]]
     causal_lm.model.layers = layers[:kept]
-    config.num_hidden_layers = kept
-    if kinds:
-        config.layer_types = kinds[:kept]
-    return add_heads(causal_lm, head_states)
+    causal_lm.config.num_hidden_layers = kept
+    if getattr(config, "layer_types", None):
+        causal_lm.config.layer_types = config.layer_types[:kept]
+    return add_heads(causal_lm, [layer.state_dict() for layer in layers[kept:]])
 
 
 def load_mtp(name, num_heads=None):
@@ -765,7 +746,7 @@ def load_mtp(name, num_heads=None):
     Raises:
         UsageError: no such model; another number of heads asked for than the files hold.
     """
-    folder, tensors, states = model_dir(name), {}, {}
+    folder, tensors = model_dir(name), {}
     with errors_as(f"--model {name}: not a model that can be used"):
         options = dict(dtype=torch.float32, output_loading_info=True)
         causal_lm, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
@@ -776,11 +757,12 @@ def load_mtp(name, num_heads=None):
         for key, value in {**causal_lm.state_dict(), **tensors}.items():
             if not value.isfinite().all():
                 raise UsageError(f"--model {name}: {key} holds NaN or infinite weights")
+        states = collections.defaultdict(dict)
         for key, value in tensors.items():
             _, number, parameter = key.split(".", 2)  # heads.2.self_attn...
-            states.setdefault(int(number), {})[parameter] = value
+            states[int(number)][parameter] = value
         head_states = [states[number] for number in sorted(states)]
-        if not states:
+        if not tensors:
             head_states = [causal_lm.model.layers[-1].state_dict()] * ((num_heads or 1) - 1)
         held = 1 + len(head_states)
         if num_heads not in (None, held):
@@ -815,22 +797,21 @@ def save_model(model, tokenizer, folder, ranks):
 
     It is written under another name and renamed, so `folder` is whole. Every rank takes part.
     """
-    full = full_state(model, ranks)
+    full = full_state(model)
     if ranks.rank == 0:
-        causal_lm, number = model.causal_lm, len(model.trunk_layers)
-        plain, heads = {}, {}
+        plain, heads, last = {}, {}, f"model.layers.{len(model.trunk_layers)}."
         for key, value in full.items():
-            key = key.removeprefix("causal_lm.")
-            match = re.fullmatch(rf"model\.layers\.{number}\.layers\.(\d+)\.(.+)", key)
-            if match and match[1] != "0":
-                heads[f"heads.{int(match[1]) + 1}.{match[2]}"] = value.contiguous()
+            key = key.removeprefix("causal_lm.").replace(f"{last}layers.0.", last)
+            if key.startswith(f"{last}layers."):
+                number, parameter = key.removeprefix(f"{last}layers.").split(".", 1)
+                heads[f"heads.{int(number) + 1}.{parameter}"] = value.contiguous()
             else:
-                plain[f"model.layers.{number}.{match[2]}" if match else key] = value
-        if causal_lm.config.tie_word_embeddings:
+                plain[key] = value
+        if model.causal_lm.config.tie_word_embeddings:
             plain.pop("lm_head.weight", None)
         temporary = Path(f"{folder}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        causal_lm.save_pretrained(temporary, state_dict=plain)
+        model.causal_lm.save_pretrained(temporary, state_dict=plain)
         tokenizer.save_pretrained(temporary)
         if heads:
             save_file(heads, temporary / HEADS_FILE, metadata={"format": "pt"})
@@ -838,10 +819,8 @@ def save_model(model, tokenizer, folder, ranks):
     ranks.barrier()
 
 
-def full_state(module, ranks):
-    """State of a module, whole and, of a sharded one, on the CPU of rank 0."""
-    if ranks.world_size == 1:
-        return module.state_dict()
+def full_state(module):
+    """State of a module, whole, on the CPU of rank 0."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(module, options=options)
 
@@ -1506,7 +1485,6 @@ def heldout_batches(rows, micro_batch_size, num_heads, ranks):
 # --------------------------------------------------------------------------------------- the run
 # Arguments without effect on the result: a resumed run may change them
 MAY_CHANGE = "run_dir tracker device recompute compile eval_every eval_rows save_every keep_last"
-MAY_CHANGE = MAY_CHANGE.split()
 SHOWN = {  # metrics on the screen and their labels
     "train/loss": "loss", "value/loss": "loss", "weights/ess_frac": "ess",
     "train/grad_norm": "gnorm", "perf/tokens_per_s": "tok/s",
@@ -1518,8 +1496,7 @@ class Run:
     """The folder of a run and all that is no algorithm: lock, metrics, signals, checkpoints.
 
     Without `--run-dir` the folder's name holds a hash of the arguments and of the sources, so
-    edited sources are another run. `finished` says that the folder holds this run's `model/`. With
-    `--run-dir`, another `--max-steps` goes on from the last checkpoint on the new schedule.
+    edited sources are another run. `finished` says that the folder holds this run's `model/`.
 
     Raises:
         UsageError: the folder cannot be written, is in use, or holds other files, a run with
@@ -1528,10 +1505,9 @@ class Run:
 
     def __init__(self, args, script, ranks):
         self.args, self.ranks, self.num_steps = args, ranks, args.max_steps
-        self.name, self.tracker, self.signals = "", None, []
-        self.stopping = self.finished = False
+        self.name, self.tracker, self.signals, self.stopping = "", None, [], False
         self.files = [Path(script), Path(__file__)]
-        fixed = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+        fixed = {name: v for name, v in vars(args).items() if name not in MAY_CHANGE.split()}
         self.identity = {"script": Path(script).stem, **fixed}
         sources = [sha256(file.read_bytes()) for file in self.files]
         name = f"{Path(script).stem}-s{args.seed}-{digest([self.identity, sources])[:8]}"
@@ -1539,31 +1515,32 @@ class Run:
         self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
         flag = f"--run-dir {self.folder}"
         with ranks.rank_0_first() as is_first, errors_as(f"{flag}: cannot be read or written"):
-            if is_first:
-                self._open(flag)
-        self.finished = ranks.broadcast(self.finished)
+            found = self._open(flag) if is_first else None
+        self.finished, products = ranks.broadcast(found)
+        if products:  # --device may have changed since
+            ranks.dtype = getattr(torch, products)
         if self.finished:
             more = f"more updates: --run-dir {shlex.quote(str(self.folder))} and --max-steps"
             ranks.print(f"finished  {self.folder} holds this run; nothing to do ({more})")
 
     def _open(self, flag):
-        """Lock the folder and check what it holds."""
+        """Lock and check the folder; returns whether the run is finished, and its products' type.
+
+        The type is None where nothing was trained yet.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self.lock.acquire()
         except filelock.Timeout:
             raise UsageError(f"{flag}: in use by another process") from None
-        if not (self.folder / "metrics.jsonl").exists():  # nothing was trained here yet
-            own = {".lock", "args.json", "args.tmp", *(file.name for file in self.files)}
-            if {file.name for file in self.folder.iterdir()} - own:
-                raise UsageError(f"{flag}: not empty and no run; name a new folder")
-            (self.folder / "args.json").unlink(missing_ok=True)
-            return
+        names = {file.name for file in self.folder.iterdir()} - {".lock"}
+        if not names:
+            return False, None
+        if "metrics.jsonl" not in names:
+            raise UsageError(f"{flag}: not empty and no run; name a new folder")
         record = json.loads((self.folder / "args.json").read_text())
         stored = {"script": record["script"], **record["args"]}
         stored = {name: stored.get(name) for name in self.identity}
-        same_steps = stored["max_steps"] == self.args.max_steps
-        self.finished = same_steps and (self.folder / "model").is_dir()
         if changes := differences(stored, self.identity, but="max_steps"):
             raise UsageError(f"{flag}: holds a run with other arguments ({changes})")
         for file in self.files:
@@ -1571,33 +1548,16 @@ class Run:
                 copy = shlex.join(["cp", str(file), str(self.folder)])
                 remedy = f"to resume under the new one: {copy}; or name a new folder"
                 raise UsageError(f"{flag}: {file.name} differs from the copy in it; {remedy}")
+        return stored == self.identity and (self.folder / "model").is_dir(), record["products"]
 
     def record(self, data, **fingerprints):
-        """Write args.json and copy the sources, once; a resumed run must find the same inputs.
-
-        Raises:
-            UsageError: data, tokenizer or another fingerprint is not the one of the start.
-        """
-        file = self.folder / "args.json"
+        """Note what is trained on: `resume` refuses a checkpoint of other inputs."""
         fingerprints["data_fingerprint"] = data.fingerprint
         fingerprints["tokenizer_fingerprint"] = data.tokenizer_fingerprint
-        if self.ranks.rank == 0 and not file.exists():
-            for source in self.files:
-                shutil.copy(source, self.folder)
-            command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-            record = dict(script=self.identity["script"], command=command, args=vars(self.args))
-            record.update(products=str(self.ranks.dtype).removeprefix("torch."), **fingerprints)
-            record.update(heldout_fingerprint=data.heldout_fingerprint, versions=versions())
-            write_whole(file, json.dumps(record, indent=1))
-        record = json.loads(file.read_text()) if self.ranks.rank == 0 else None
-        record = self.ranks.broadcast(record)
-        if changes := differences({name: record.get(name) for name in fingerprints}, fingerprints):
-            raise UsageError(f"--run-dir {self.folder}: was started on other inputs ({changes})")
-        self.ranks.dtype = getattr(torch, record["products"])  # --device may have changed
-        self.identity.update(fingerprints)
+        self.fingerprints, self.heldout_fingerprint = fingerprints, data.heldout_fingerprint
 
     def stage(self, name, num_steps):
-        """A stage before the main one, after `resume`: with steps and checkpoints of its own."""
+        """A stage before the main one, with steps and checkpoints of its own."""
         stage = copy.copy(self)
         stage.name, stage.num_steps = name, num_steps
         return stage
@@ -1605,24 +1565,17 @@ class Run:
     def resume(self, model, optimizer):
         """Read the last checkpoint in place; returns the number of updates that are done."""
         self.state = dict(model=model, optimizer=optimizer)
-        if self.args.train == "heads":  # checkpoints do not hold the rest: it must be the same
-            self.identity["frozen_weights"] = self._frozen_weights(model)
         folder = checkpoint_folder(self.folder, self.args.checkpoint_dir, self.name)
-        self.checkpoints = Checkpoints(folder, self.identity, self.args.keep_last, self.ranks)
+        identity = {**self.identity, **self.fingerprints}
+        self.checkpoints = Checkpoints(folder, identity, self.args.keep_last, self.ranks)
         self.start, metrics = self.checkpoints.load(model, optimizer)
         self.last_saved = self.start
         if self.start > self.num_steps:
             remedy = f"{self.start} updates are done; raise it, or name a new --run-dir"
             raise UsageError(f"--max-steps {self.num_steps}: {remedy}")
-        if self.ranks.rank == 0:  # lines after the checkpoint go: their updates are done again
-            (self.folder / "metrics.jsonl").write_bytes(metrics)
-            record = json.loads((self.folder / "args.json").read_text())
-            if (self.folder / "model").is_dir():  # it was finished with other --max-steps
-                name = f"model_step_{record['args']['max_steps']:06d}"
-                (self.folder / "model").rename(self.folder / name)
-            record["args"]["max_steps"] = self.args.max_steps
-            write_whole(self.folder / "args.json", json.dumps(record, indent=1))
-        if self.tracker is None:
+        if self.ranks.rank == 0:
+            self._write_start(metrics)
+        if self.tracker is None:  # the first stage
             numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
             numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # nohup
             self.handlers = {number: signal.signal(number, self._catch) for number in numbers}
@@ -1630,27 +1583,34 @@ class Run:
             self.tracker = Tracker(kind, self.folder, vars(self.args))
         return self.start
 
-    def _frozen_weights(self, model):
-        """Sum of the bits of all weights that do not train, the same on any number of ranks."""
-        frozen = [p for p in model.parameters() if not p.requires_grad]
-        local = [p.to_local() if isinstance(p, DTensor) else p for p in frozen]
-        sums = [p.detach().view(torch.int32).sum(dtype=torch.int64) for p in local]
-        return self.ranks.sum(torch.stack(sums).sum()).item()
+    def _write_start(self, metrics):
+        """Write args.json, the sources, and the lines of metrics up to the checkpoint."""
+        if (self.folder / "model").is_dir():  # of a run that was finished with fewer --max-steps
+            (self.folder / "model").rename(self.folder / f"model_step_{self.start:06d}")
+        for source in self.files:
+            shutil.copy(source, self.folder)
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        record = dict(script=self.identity["script"], command=command, args=vars(self.args))
+        record.update(products=str(self.ranks.dtype).removeprefix("torch."), **self.fingerprints)
+        record.update(heldout_fingerprint=self.heldout_fingerprint, versions=versions())
+        write_whole(self.folder / "args.json", json.dumps(record, indent=1))
+        (self.folder / "metrics.jsonl").write_bytes(metrics)
 
     def _catch(self, number, frame):
         self.signals.append(signal.Signals(number).name)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second SIGINT ends the process
 
+    def _has_signal(self):
+        """Whether a signal to any rank asks to stop."""
+        return self.ranks.sum(torch.tensor(float(len(self.signals)))).item() > 0
+
     def should_save(self, step):
-        """After `step` updates: a checkpoint is due, or a signal to any rank asks to stop."""
+        """After `step` updates: a checkpoint is due, or a signal asks to stop."""
         if step == self.start:
             self.began = time.time()
         self.stopping = self._has_signal()
         is_due = self.args.save_every and step % self.args.save_every == 0
         return step > self.start and bool(is_due or self.stopping or step == self.num_steps)
-
-    def _has_signal(self):
-        return self.ranks.sum(torch.tensor(float(len(self.signals)))).item() > 0
 
     def save(self, step, model, optimizer):
         """Copy the state and write it beside training.
@@ -1659,13 +1619,11 @@ class Run:
             SystemExit: a signal asked to stop. Exit code 0, or 1 if the checkpoint failed.
         """
         metrics = (self.folder / "metrics.jsonl").read_bytes() if self.ranks.rank == 0 else b""
-        self.checkpoints.save(step, model, optimizer, metrics)
-        self.last_saved = step
-        is_end = step == self.num_steps and not self.name
-        if self.stopping and not is_end:
-            self._stop(step)
-
-    def _stop(self, step):
+        if self.last_saved != step:
+            self.checkpoints.save(step, model, optimizer, metrics)
+            self.last_saved = step
+        if not self.stopping:
+            return
         is_saved = self.checkpoints.wait()
         state = "saved; the same command resumes" if is_saved else "not saved"
         cause = self.signals[0] if self.signals else "a signal to another rank"
@@ -1680,28 +1638,48 @@ class Run:
         is_start = step == 0 and not is_fresh(self.args.model)
         return bool(is_due or is_start or step == self.num_steps)
 
+    @torch.no_grad()
     def evaluate(self, step, model, data, micro_batch_size):
-        """Log and return the held-out figures of all heads after `step` updates.
+        """Log and return the held-out figures of all heads: losses (nats), accuracies, bits.
+
+        bits_per_byte = loss_head_1 / ln 2 * tokens / bytes, both counted over the held-out text;
+        with `--eval-rows` the loss is that of so many rows.
 
         Raises:
             SystemExit: a signal asked to stop; the state is saved first.
         """
-        options = (micro_batch_size, self.args, self.ranks, self._has_signal)
-        metrics = evaluate_heldout(model, data, *options)
-        if metrics is None:
-            self.stopping = True
-            if self.last_saved != step:
+        model.eval()
+        args, ranks, rows, metrics = self.args, self.ranks, data.heldout, {}
+        if 0 < args.eval_rows < len(rows):
+            rows = rows.select(np.linspace(0, len(rows) - 1, args.eval_rows).astype(int))
+        sums_3K = torch.zeros(3, args.num_heads, dtype=torch.float64)
+        batches = heldout_batches(rows, micro_batch_size, args.num_heads, ranks)
+        total = math.ceil(len(rows) / (micro_batch_size * ranks.world_size))
+        options = dict(desc="held-out", leave=False, delay=5, disable=ranks.rank > 0)
+        for batch in tqdm(batches, total=total, **options):
+            with ranks.autocast():
+                loss_KBT, correct_KBT = model(batch.x_BT, batch.targets_KBT, "correct")
+            figures = (loss_KBT, correct_KBT, batch.targets_KBT != IGNORE)
+            sums_3K += torch.stack([values.sum((1, 2)).cpu().double() for values in figures])
+            if self._has_signal():
+                self.stopping = True
                 self.save(step, **self.state)
-            self._stop(step)
+        model.train()
+        loss_K, correct_K, count_K = ranks.sum(sums_3K).tolist()
+        for name, values_K in (("loss", loss_K), ("acc", correct_K)):
+            for k, (value, count) in enumerate(zip(values_K, count_K), start=1):
+                metrics[f"eval/{name}_head_{k}"] = value / max(1, count)
+        bits = metrics["eval/loss_head_1"] / math.log(2)
+        metrics["eval/bits_per_byte"] = bits * data.heldout_tokens / data.heldout_bytes
         self.log(step, metrics)
         return metrics
 
     def require_finite(self, step, metrics):
         """Leave with exit code 1, before the optimizer's step, where a figure is not finite."""
-        if broken := [name for name, value in metrics.items() if not math.isfinite(value)]:
+        broken = ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
+        if broken:
             self.checkpoints.wait()
-            names = ", ".join(broken)
-            self.ranks.print(f"stopped   update {step + 1}: {names} not finite; it is not applied")
+            self.ranks.print(f"stopped   update {step + 1}: {broken} not finite; it is not applied")
             self.close("FAILED")
             raise SystemExit(1)
 
@@ -1710,27 +1688,27 @@ class Run:
         if self.ranks.rank > 0:
             return
         steps = {"step": 0, f"{self.name}/step": step} if self.name else {"step": step}
-        with open(self.folder / "metrics.jsonl", "ab") as file:
-            file.write(json.dumps({**steps, **metrics}).encode() + b"\n")
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({**steps, **metrics}) + "\n")
         self.tracker.log(step, {**steps, **metrics})
-        is_due = step % max(1, self.num_steps // 50) == 0 or step == self.num_steps
         words = [f"{label} {metrics[key]:,.4g}" for key, label in SHOWN.items() if key in metrics]
+        is_due = step % max(1, self.num_steps // 50) == 0 or step == self.num_steps
         if words and (is_due or "eval/bits_per_byte" in metrics):
             heads = [f"{value:.3f}" for name, value in metrics.items() if "/loss_head_" in name]
             words += ["heads " + " ".join(heads)] * bool(heads)
             pace = (time.time() - self.began) / max(1, step - self.start)
             left = datetime.timedelta(seconds=int(pace * (self.num_steps - step)))
             line = f"{self.name} step {step}/{self.num_steps} | {' | '.join(words)}".lstrip()
-            print(f"{line} | eta {left}", flush=True)
+            self.ranks.print(f"{line} | eta {left}")
 
     def write_weights(self, batch, weight_BT):
         """Write `weights.json` for evaluate.py: ids and weights (null: no target) of three rows."""
         is_target_BT = F.pad(batch.targets_KBT[0, :, :-1] != IGNORE, (1, 0))
+        weight_BT = weight_BT.masked_fill(~is_target_BT, math.nan)
         rows = []
-        for ids, weights, is_target in list(zip(batch.x_BT, weight_BT, is_target_BT))[:3]:
-            pairs = zip(weights.tolist(), is_target.tolist())
-            weights = [weight if flag else None for weight, flag in pairs]
-            rows.append({"ids": ids.tolist(), "weight": weights})
+        for ids, weights in list(zip(batch.x_BT.tolist(), weight_BT.tolist()))[:3]:
+            weights = [None if math.isnan(weight) else weight for weight in weights]
+            rows.append({"ids": ids, "weight": weights})
         if self.ranks.rank == 0:
             write_whole(self.folder / "weights.json", json.dumps(rows))
 
@@ -1738,18 +1716,20 @@ class Run:
         """Write `model/`, close the run, and print the held-out figures beside zlib's."""
         self.checkpoints.wait()
         save_model(model, tokenizer, self.folder / "model", self.ranks)
-        address = self.close("FINISHED")
-        say = self.ranks.print
-        say("\nheld-out  head   loss (nats)  accuracy")
+        address = self.close("FINISHED") or "no tracker; see metrics.jsonl"
+        lines = ["", "held-out  head   loss (nats)  accuracy"]
         for k in range(1, self.args.num_heads + 1):
             loss, accuracy = heldout[f"eval/loss_head_{k}"], heldout[f"eval/acc_head_{k}"]
-            say(f"          {k:>4} {loss:>13.4f} {accuracy:>9.3f}")
-        bits, zlib_bits = heldout["eval/bits_per_byte"], data.zlib_bits_per_byte
-        say(f"          {bits:.3f} bits per byte of {data.heldout_bytes:,} held-out bytes")
-        say(f"          zlib -9: {zlib_bits:.3f}")
-        say(f"\nwritten   {self.folder}/  args.json metrics.jsonl checkpoints/ model/")
-        say(f"look      {address or 'no tracker; see metrics.jsonl'}")
-        say(f"next      python evaluate.py --run-dir {shlex.quote(str(self.folder))}")
+            lines.append(f"          {k:>4} {loss:>13.4f} {accuracy:>9.3f}")
+        bits = f"{heldout['eval/bits_per_byte']:.3f} bits per byte"
+        lines += [
+            f"          {bits} of {data.heldout_bytes:,} held-out bytes",
+            f"          zlib -9: {data.zlib_bits_per_byte:.3f}\n",
+            f"written   {self.folder}/  args.json metrics.jsonl checkpoints/ model/",
+            f"look      {address}",
+            f"next      python evaluate.py --run-dir {shlex.quote(str(self.folder))}",
+        ]
+        self.ranks.print("\n".join(lines))
 
     def close(self, status):
         """Close the tracker, restore signals, unlock; returns what shows the run, or None."""
@@ -1766,18 +1746,21 @@ def describe(args, model, data, micro_batch_size, ranks):
     """Print what is trained on what: sizes, batch, epochs."""
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     micro_steps = args.batch_size // (ranks.world_size * micro_batch_size)
-    batch = f"{ranks.world_size} rank(s) x {micro_batch_size} x {micro_steps} micro-step(s)"
-    rows = f"{len(data.train):,} rows of {args.seq_len} tokens, {len(data.heldout):,} held out"
     epochs = args.max_steps * args.batch_size / len(data.train)
-    ranks.print(f"model     {args.model}, {parameters:.2f} M parameters, {args.num_heads} head(s)")
-    ranks.print(f"data      {args.data}, {rows}")
-    ranks.print(f"batch     {args.batch_size} rows = {batch}")
-    ranks.print(f"run       {args.max_steps:,} updates, {epochs:.2f} epochs")
+    rows = f"{len(data.train):,} rows of {args.seq_len} tokens, {len(data.heldout):,} held out"
+    batch = f"{ranks.world_size} rank(s) x {micro_batch_size} x {micro_steps} micro-step(s)"
     rates = f"--lr {args.lr:g}, --heads-lr {args.heads_lr:g}"
-    ranks.print(f"rate      {rates}, warm-up over {args.warmup_steps} updates")
+    lines = [
+        f"model     {args.model}, {parameters:.2f} M parameters, {args.num_heads} head(s)",
+        f"data      {args.data}, {rows}",
+        f"batch     {args.batch_size} rows = {batch}",
+        f"run       {args.max_steps:,} updates, {epochs:.2f} epochs",
+        f"rate      {rates}, warm-up over {args.warmup_steps} updates",
+    ]
     if args.warmup_steps >= args.max_steps:
         text = f"is not below --max-steps {args.max_steps}: the rate only rises"
-        ranks.print(f"warning   --warmup-steps {args.warmup_steps} {text}")
+        lines.append(f"warning   --warmup-steps {args.warmup_steps} {text}")
+    ranks.print("\n".join(lines))
 
 
 def sha256(data):
@@ -1812,13 +1795,12 @@ class Tracker:
     """
 
     def __init__(self, kind, folder, arguments):
-        self.kind, self.folder, self.arguments = kind, folder, arguments
-        file = folder / "tracker.json"
+        self.kind, self.folder, file = kind, folder, folder / "tracker.json"
         run_id = json.loads(file.read_text()).get(kind) if file.exists() else None
         start = {"mlflow": self._start_mlflow, "wandb": self._start_wandb}.get(kind)
         with self._off_if_it_fails():
             if start:
-                write_whole(file, json.dumps({kind: start(run_id)}))
+                write_whole(file, json.dumps({kind: start(run_id, arguments)}))
 
     @contextlib.contextmanager
     def _off_if_it_fails(self):
@@ -1829,14 +1811,13 @@ class Tracker:
             print(text, file=sys.stderr, flush=True)
             self.kind = "none"
 
-    def _start_mlflow(self, run_id):
+    def _start_mlflow(self, run_id, arguments):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         import mlflow
 
-        for name in ("alembic", "mlflow"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        runs = self.folder.parent.resolve()
+        self.mlflow, runs = mlflow, self.folder.parent.resolve()
         database = f"sqlite:///{runs}/mlflow.db"
         mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", database))
         with filelock.FileLock(runs / ".mlflow.lock"):  # MLflow migrates a new file without a lock
@@ -1845,22 +1826,20 @@ class Tracker:
             mlflow.set_experiment("wmtp")
             self.run = mlflow.start_run(run_id, run_name=self.folder.name)
         if run_id is None:
-            mlflow.log_params({name: str(value)[:500] for name, value in self.arguments.items()})
-        self.mlflow = mlflow
+            mlflow.log_params({name: str(value)[:500] for name, value in arguments.items()})
         return self.run.info.run_id
 
-    def _start_wandb(self, run_id):
+    def _start_wandb(self, run_id, arguments):
         import wandb
 
         has_key = os.environ.get("WANDB_API_KEY") or Path.home().joinpath(".netrc").exists()
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-        run_id = run_id or sha256(str(self.folder.resolve()).encode())[:16]
         options = dict(id=run_id, resume="allow", dir=str(self.folder), mode=mode)
-        options.update(project="wmtp", name=self.folder.name, config=self.arguments)
+        options.update(project="wmtp", name=self.folder.name, config=arguments)
         self.run = wandb.init(**options)
         self.run.define_metric("*", step_metric="step")  # wandb's own step cannot go back
         self.run.define_metric("value/*", step_metric="value/step")
-        return run_id
+        return self.run.id
 
     def log(self, step, metrics):
         with self._off_if_it_fails():
@@ -1934,40 +1913,6 @@ class Sums:
         return metrics
 
 
-@torch.no_grad()
-def evaluate_heldout(model, data, micro_batch_size, args, ranks, should_stop=bool):
-    """Loss (nats) and accuracy of each head on the held-out targets, bits per byte of head 1.
-
-    bits_per_byte = loss_head_1 / ln 2 * tokens / bytes, both counted over the held-out text; with
-    `args.eval_rows` the loss is that of so many rows. Returns None if `should_stop()` is true after
-    a batch.
-    """
-    model.eval()
-    rows, num_heads = data.heldout, args.num_heads
-    if 0 < args.eval_rows < len(rows):
-        rows = rows.select(np.linspace(0, len(rows) - 1, args.eval_rows).astype(int))
-    sums_3K = torch.zeros(3, num_heads, dtype=torch.float64)
-    total = math.ceil(len(rows) / (micro_batch_size * ranks.world_size))
-    batches = heldout_batches(rows, micro_batch_size, num_heads, ranks)
-    options = dict(desc="held-out", leave=False, delay=5, disable=ranks.rank > 0)
-    for batch in tqdm(batches, total=total, **options):
-        with ranks.autocast():
-            loss_KBT, correct_KBT = model(batch.x_BT, batch.targets_KBT, "correct")
-        figures = (loss_KBT, correct_KBT, batch.targets_KBT != IGNORE)
-        sums_3K += torch.stack([values.sum((1, 2)).cpu().double() for values in figures])
-        if should_stop():
-            return None
-    model.train()
-    loss_K, correct_K, count_K = ranks.sum(sums_3K).tolist()
-    metrics = {}
-    for name, values_K in (("loss", loss_K), ("acc", correct_K)):
-        for k, (value, count) in enumerate(zip(values_K, count_K), start=1):
-            metrics[f"eval/{name}_head_{k}"] = value / max(1, count)
-    bits = metrics["eval/loss_head_1"] / math.log(2)
-    metrics["eval/bits_per_byte"] = bits * data.heldout_tokens / data.heldout_bytes
-    return metrics
-
-
 # -------------------------------------------------------------------------- the run: checkpoints
 class Checkpoints:
     """The checkpoints of a run under `folder`, a path or an fsspec URL; `keep_last` 0 keeps all.
@@ -1979,64 +1924,53 @@ class Checkpoints:
     """
 
     def __init__(self, folder, identity, keep_last, ranks):
-        self.folder, self.identity, self.keep_last = str(folder), identity, keep_last
-        self.flag = f"--checkpoint-dir {self.folder}"
-        self.ranks, self.bad, self.pending = ranks, set(), None
-        # A store that stalls ends a save after 8 minutes, not 20: s3fs tries five times, 15 s each,
-        # so botocore need not do so inside. The environment variable FSSPEC_S3 replaces this.
-        fsspec.config.conf.setdefault("s3", {"config_kwargs": {"retries": {"max_attempts": 1}}})
+        self.identity, self.keep_last, self.ranks, self.pending = identity, keep_last, ranks, None
+        self.folder, self.flag = str(folder), f"--checkpoint-dir {folder}"
         with errors_as(f"{self.flag}: no store that can be used"):
             self.fs, self.root = file_system(self.folder)
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
-        self.options = dict(process_group=self.group, no_dist=self.group is None)
 
     def save(self, step, model, optimizer, metrics):
         """Copy the state, then write it beside training; waits for the save before this one."""
         self.wait()
-        name = f"step_{step:06d}"
-        meta = dict(step=step, identity=self.identity, versions=versions())
-        writer = self.storage(name, dcp.FileSystemWriter, FsspecWriter)
+        name, meta = f"step_{step:06d}", dict(step=step, identity=self.identity)
+        path = f"{self.root}/{name}"
+        writer = self.storage(path, dcp.FileSystemWriter, FsspecWriter)
         write_metadata = writer.finish
 
         def finish(metadata, results):  # on rank 0, after the files of all ranks
             write_metadata(metadata, results)
+            self.fs.pipe_file(f"{path}/metrics.jsonl", metrics)
+            self.fs.invalidate_cache()
             files = {result.storage_data.relative_path for part in results for result in part}
-            self._finish(f"{self.root}/{name}", meta, metrics, files)
+            files = sorted([*files, ".metadata", "metrics.jsonl"])
+            hashes = {file: self._fingerprint(f"{path}/{file}") for file in files}
+            meta.update(versions=versions(), files=hashes)
+            self.fs.pipe_file(f"{path}/meta.json", json.dumps(meta).encode())
+            for other in self.complete()[: -self.keep_last] if self.keep_last else []:
+                self.fs.rm(other, recursive=True)
 
         writer.finish = finish
         state = named_state(model, optimizer)
-        self.pending = name, dcp.async_save(state, storage_writer=writer, **self.options)
+        future = dcp.async_save(state, storage_writer=writer, process_group=self.group)
+        self.pending = name, future
 
     def wait(self):
         """Wait for the save that is under way; False, with one line, if it failed on any rank."""
         if self.pending is None:
             return True
-        name, future = self.pending
-        self.pending = None
+        (name, future), self.pending = self.pending, None
         try:
             future.result()
             return True
-        except dcp.api.CheckpointException as failed:  # the same on every rank
-            error = next(iter(failed.failures.values()))[0]
-        except Exception as other:  # whatever a store raises
-            error = other
+        except (dcp.api.CheckpointException, Exception) as error:  # whatever a store raises
+            causes = [failure for failure, _ in getattr(error, "failures", {}).values()]
+            cause = first_line([*causes, error][0])
         if self.ranks.rank == 0:
-            text = f"checkpoint {self.folder}/{name} failed: {first_line(error)}; training goes on"
+            text = f"checkpoint {self.folder}/{name} failed: {cause}; training goes on"
             print(text, file=sys.stderr, flush=True)
         return False
-
-    def _finish(self, path, meta, metrics, files):
-        """Write metrics.jsonl and meta.json; remove the checkpoints before the last `keep_last`."""
-        self.fs.invalidate_cache()
-        self.fs.pipe_file(f"{path}/metrics.jsonl", metrics)
-        files = sorted([*files, ".metadata", "metrics.jsonl"])
-        meta["files"] = {file: self._fingerprint(f"{path}/{file}") for file in files}
-        self.fs.pipe_file(f"{path}/meta.json", json.dumps(meta).encode())
-        self.bad.discard(path)
-        good = [path for path in self.complete() if path not in self.bad]
-        for path in good[: -self.keep_last] if self.keep_last else []:
-            self.fs.rm(path, recursive=True)
 
     def load(self, model, optimizer):
         """Read the last good checkpoint in place; returns its step and metrics.jsonl (0, empty).
@@ -2048,30 +1982,32 @@ class Checkpoints:
             UsageError: the folder cannot be read or written, or holds checkpoints of another run
                 or none that is good.
         """
-        last_good = None
-        failure = f"{self.flag}: cannot be read or written"
+        failure, last_good = f"{self.flag}: cannot be read or written", None
         with self.ranks.rank_0_first() as is_first, errors_as(failure):
             if is_first:
                 last_good = self._last_good()
         name, meta, metrics = self.ranks.broadcast(last_good)
-        if name:
-            reader = self.storage(name, dcp.FileSystemReader, FsspecReader)
-            dcp.load(named_state(model, optimizer), storage_reader=reader, **self.options)
-            self.ranks.print(f"resume    from {self.folder}/{name}")
-            before, now = meta["identity"].get("max_steps"), self.identity.get("max_steps")
-            if before != now:
-                text = "on the new schedule: not what a straight run gives"
-                self.ranks.print(f"resume    --max-steps was {before} and is {now}; {text}")
-            if changes := differences(meta["versions"], versions()):
-                self.ranks.print(f"resume    not bit for bit, as versions changed: {changes}")
+        if name is None:
+            return 0, b""
+        reader = self.storage(f"{self.root}/{name}", dcp.FileSystemReader, FsspecReader)
+        state = named_state(model, optimizer)
+        dcp.load(state, storage_reader=reader, process_group=self.group)
+        self.ranks.print(f"resume    from {self.folder}/{name}")
+        before, now = (identity.get("max_steps") for identity in (meta["identity"], self.identity))
+        if before != now:
+            text = "on the new schedule: not what a straight run gives"
+            self.ranks.print(f"resume    --max-steps was {before} and is {now}; {text}")
+        if changes := differences(meta["versions"], versions()):
+            self.ranks.print(f"resume    not bit for bit, as versions changed: {changes}")
         return meta["step"], metrics
 
     def _last_good(self):
-        """Name, `meta.json` and metrics.jsonl of the last good checkpoint; None, step 0, empty."""
+        """Name, `meta.json` and metrics.jsonl of the last good checkpoint; None where none is."""
         if self.is_local:
             self.fs.makedirs(self.root, exist_ok=True)
         self.fs.pipe_file(f"{self.root}/.writable", b"")  # fail now, not at the first save
         self.fs.rm_file(f"{self.root}/.writable")
+        bad = []
         for path in reversed(self.complete()):
             name = path.rpartition("/")[2]
             try:
@@ -2080,18 +2016,20 @@ class Checkpoints:
                 damage = differences(meta["files"], files)
             except (FileNotFoundError, ValueError) as error:
                 damage = first_line(error)
-            if not damage:
-                if changes := differences(meta["identity"], self.identity, but="max_steps"):
-                    raise UsageError(f"{self.flag}: {name} is of another run ({changes})")
-                return name, meta, self.fs.cat_file(f"{path}/metrics.jsonl")
-            print(f"checkpoint {path} is bad: {damage}", flush=True)
-            self.bad.add(path)
-        if self.bad:
+            if damage:
+                print(f"checkpoint {path} is bad: {damage}", flush=True)
+                bad.append(path)
+                continue
+            if changes := differences(meta["identity"], self.identity, but="max_steps"):
+                raise UsageError(f"{self.flag}: {name} is of another run ({changes})")
+            for other in bad:  # from here on they do not count
+                self.fs.mv(f"{other}/meta.json", f"{other}/meta.bad")
+            return name, meta, self.fs.cat_file(f"{path}/metrics.jsonl")
+        if bad:
             raise UsageError(f"{self.flag}: no checkpoint is good; move them away to start anew")
-        return None, {"step": 0}, b""
+        return None, None, None
 
-    def storage(self, name, local_class, remote_class):
-        path = f"{self.root}/{name}"
+    def storage(self, path, local_class, remote_class):
         return local_class(path) if self.is_local else remote_class(self.fs.unstrip_protocol(path))
 
     def _fingerprint(self, file):
@@ -2110,10 +2048,9 @@ class Checkpoints:
 
 def checkpoint_folder(run_dir, checkpoint_dir, stage=""):
     """Where the checkpoints of a run lie, those of a stage of its own in a folder inside."""
-    folder = (
-        f"{checkpoint_dir}/{Path(run_dir).name}" if checkpoint_dir else f"{run_dir}/checkpoints"
-    )
-    return f"{folder}/{stage}".rstrip("/")
+    if checkpoint_dir:
+        return f"{checkpoint_dir}/{Path(run_dir).name}/{stage}".rstrip("/")
+    return f"{run_dir}/checkpoints/{stage}".rstrip("/")
 
 
 def load_checkpoints(run_dir, args, step):
@@ -2127,19 +2064,16 @@ def load_checkpoints(run_dir, args, step):
     """
     folder = checkpoint_folder(run_dir, args["checkpoint_dir"])
     checkpoints = Checkpoints(folder, {}, 0, Ranks())
-    names = [path.rpartition("/")[2] for path in checkpoints.complete()]
-    steps = {int(name.removeprefix("step_")): name for name in names}
+    steps = {int(path.rpartition("_")[2]): path for path in checkpoints.complete()}
     if step != "all" and int(step) not in steps:
         raise UsageError(f"--step {step}: {folder} has {', '.join(map(str, steps)) or 'none'}")
     model, tokenizer = build_model(args["model"], args["num_heads"])
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    critic = {f"policy.{name}": value for name, value in state.items()}
+    partial = dcp.DefaultLoadPlanner(allow_partial_load=True)  # what did not train is not in it
     for number in steps if step == "all" else [int(step)]:
         reader = checkpoints.storage(steps[number], dcp.FileSystemReader, FsspecReader)
-        held = reader.read_metadata().state_dict_metadata
-        state = {}  # by the name in the checkpoint; what did not train is not in it
-        for name, p in model.named_parameters():
-            for key in {f"model.{name}", f"model.policy.{name}"} & held.keys():
-                state[key] = p.detach()
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        dcp.load({"model": state | critic}, storage_reader=reader, planner=partial)
         yield number, model, tokenizer
 
 
@@ -2160,11 +2094,6 @@ class Generated:
     forwards: int = 0  # passes of the model over the batch, prompts included
     row_steps: int = 0  # passes counted once for each row in them, prompts excluded
     new_tokens: int = 0  # tokens from those passes, end-of-sequence tokens included
-
-    @property
-    def tokens_per_forward(self):
-        """Mean number of new tokens that a row gets from a pass; 1 for plain decoding."""
-        return self.new_tokens / max(1, self.row_steps)
 
 
 class RowCache(Cache):

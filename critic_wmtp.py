@@ -309,9 +309,9 @@ class Critic(nn.Module):
 
     def save(self, file):
         """Write V, with its trunk where it has its own, as one safetensors file."""
-        full = full_state(self.value, self.ranks)
+        full = full_state(self.value)
         if self.ranks.rank == 0:
-            save_file({key: v.detach().cpu().contiguous() for key, v in full.items()}, file)
+            save_file({key: value.contiguous() for key, value in full.items()}, file)
 
 
 # --------------------------------------------------------------------------------------- stage 1

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
+from test_run import ROOT, TORCHRUN, at_update, words_of
 
 import baseline_mtp
 import common
@@ -18,7 +19,6 @@ import evaluate
 from conftest import bytes_tokenizer, make_small_model, metrics_of, refused, run_main
 from conftest import same_tensors, short_args, weights_of, write_lines
 
-ROOT = Path(__file__).parents[1]
 CHANGES = dict(num_heads=3, train="heads", lr=None, save_every=2, keep_last=0, max_steps=4)
 
 
@@ -80,33 +80,13 @@ def test_checkpoints_hold_the_heads_alone_and_resume(material, plain, trained, t
     assert names and all(".layers.4.layers." in name for name in names)
     assert not any(".layers.4.layers.0." in name for name in names)
     with pytest.MonkeyPatch.context() as patch:
-        log = common.Run.log
-
-        def stop(run, step, metrics):
-            log(run, step, metrics)
-            if step == 3:
-                signal.raise_signal(signal.SIGTERM)
-
-        patch.setattr(common.Run, "log", stop)
+        at_update(patch, 3, lambda run: signal.raise_signal(signal.SIGTERM))
         args = short_args(baseline_mtp, material, tmp_path / "run", model=plain, **CHANGES)
         assert run_main(baseline_mtp, args) == 0
     assert not (tmp_path / "run/model").exists()
     assert run_main(baseline_mtp, args) == 0
     assert metrics_of(tmp_path / "run") == metrics_of(trained)
     assert same_tensors(weights_of(tmp_path / "run"), weights_of(trained))
-    changed = transformers.AutoModelForCausalLM.from_pretrained(plain)
-    with torch.no_grad():
-        changed.model.norm.weight[0] += 1
-    changed.save_pretrained(tmp_path / "changed")
-    bytes_tokenizer().save_pretrained(tmp_path / "changed")
-    (tmp_path / "run/model").rename(tmp_path / "finished")
-    record = json.loads((tmp_path / "run/args.json").read_text())
-    record["args"]["model"] = str(tmp_path / "changed")
-    (tmp_path / "run/args.json").write_text(json.dumps(record))
-    args = short_args(
-        baseline_mtp, material, tmp_path / "run", model=tmp_path / "changed", **CHANGES
-    )
-    refused(lambda: run_main(baseline_mtp, args), "is of another run", "frozen_weights")
 
 
 def test_evaluate_takes_checkpoints_too(trained):
@@ -126,10 +106,7 @@ def test_evaluate_takes_checkpoints_too(trained):
 
 def test_two_ranks_train_the_same_heads(material, plain, trained, tmp_path):
     args = short_args(baseline_mtp, material, tmp_path / "run", model=plain, **CHANGES)
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items() if value]
-    words = [word for word in words if "=True" not in word]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node=2", str(ROOT / "baseline_mtp.py"), *words]
+    command = [sys.executable, *TORCHRUN, str(ROOT / "baseline_mtp.py"), *words_of(args)]
     subprocess.run(command, check=True, capture_output=True)
     one, two = weights_of(trained), weights_of(tmp_path / "run")
     for name in one:

@@ -1,6 +1,5 @@
 """Checkpoints on an object store: the same code against a server of the S3 protocol (moto)."""
 
-import functools
 import shutil
 import signal
 import socket
@@ -13,8 +12,8 @@ import fsspec
 import pytest
 
 import baseline_mtp
-from conftest import refused, run_main, short_args
-from test_run import at_update, kill, same_run
+from conftest import refused, run_main
+from test_run import Runs, at_update, kill, same_run
 
 boto3 = pytest.importorskip("boto3")
 s3fs = pytest.importorskip("s3fs")
@@ -67,19 +66,12 @@ def server(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def args_of(material):
-    return functools.partial(short_args, baseline_mtp, material, save_every=2)
+def runs(material, tmp_path_factory):
+    return Runs(material, tmp_path_factory.mktemp("runs"))
 
 
-@pytest.fixture(scope="module")
-def straight(args_of, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("straight")
-    assert run_main(baseline_mtp, args_of(run_dir)) == 0
-    return run_dir
-
-
-def test_killed_and_resumed_on_s3_equals_straight(args_of, straight, server, tmp_path, capsys):
-    args = args_of(tmp_path / "run", checkpoint_dir="s3://bucket/a")
+def test_killed_and_resumed_on_s3_equals_straight(runs, server, tmp_path, capsys):
+    args = runs.args("baseline", tmp_path / "run", checkpoint_dir="s3://bucket/a", keep_last=2)
     kill(baseline_mtp, args, after=5)
     objects = server.objects()
     files = ("__0_0.distcp", ".metadata", "metrics.jsonl", "meta.json")
@@ -90,20 +82,20 @@ def test_killed_and_resumed_on_s3_equals_straight(args_of, straight, server, tmp
     output = capsys.readouterr().out
     assert "a/run/step_000004 is bad: __0_0.distcp" in output
     assert "resume    from s3://bucket/a/run/step_000002" in output
-    assert same_run(tmp_path / "run", straight)
+    assert same_run(tmp_path / "run", runs.straight("baseline"))
     assert {key[:17] for key in server.objects()} == {"a/run/step_000004", "a/run/step_000006"}
 
 
-def test_a_store_that_cannot_be_reached_is_refused_in_one_line(args_of, server, tmp_path):
+def test_a_store_that_cannot_be_reached_is_refused_in_one_line(runs, server, tmp_path):
     def run(name):
-        run_main(baseline_mtp, args_of(tmp_path / name, checkpoint_dir=f"s3://{name}/a"))
+        runs.main("baseline", tmp_path / name, checkpoint_dir=f"s3://{name}/a")
 
     refused(lambda: run("nowhere"), "--checkpoint-dir s3://nowhere/a", "bucket")
     server.end()
     refused(lambda: run("bucket"), "--checkpoint-dir s3://bucket/a", "connect")
 
 
-def test_a_store_that_dies_costs_one_save(args_of, straight, server, tmp_path, monkeypatch, capsys):
+def test_a_store_that_dies_costs_one_save(runs, server, tmp_path, monkeypatch, capsys):
     """It answers no more in the save of update 4, and is gone before that of update 6."""
     before = {}
 
@@ -112,7 +104,7 @@ def test_a_store_that_dies_costs_one_save(args_of, straight, server, tmp_path, m
         before.update(server.objects())
         server.process.send_signal(signal.SIGSTOP)
 
-    args = args_of(tmp_path / "run", checkpoint_dir="s3://bucket/a")
+    args = runs.args("baseline", tmp_path / "run", checkpoint_dir="s3://bucket/a", keep_last=2)
     with monkeypatch.context() as patch:
         at_update(patch, 3, stall)
         at_update(patch, 5, lambda run: server.end())
@@ -121,10 +113,10 @@ def test_a_store_that_dies_costs_one_save(args_of, straight, server, tmp_path, m
     for step in (4, 6):
         said = f"checkpoint s3://bucket/a/run/step_{step:06d} failed: Could not connect"
         assert errors.count(said) == 1, errors
-    assert same_run(tmp_path / "run", straight)
+    assert same_run(tmp_path / "run", runs.straight("baseline"))
 
     shutil.rmtree(tmp_path / "run/model")
     server.start(before.items())
     assert run_main(baseline_mtp, args) == 0
     assert "resume    from s3://bucket/a/run/step_000002" in capsys.readouterr().out
-    assert same_run(tmp_path / "run", straight)
+    assert same_run(tmp_path / "run", runs.straight("baseline"))
