@@ -300,6 +300,26 @@ def set_gradient_sync(model, sync):
             module.set_requires_gradient_sync(sync, recurse=False)
 
 
+@contextlib.contextmanager
+def unsharded(model):
+    """Every parameter whole on each rank: inside, `generate` needs no collective.
+
+    It enters the decoder past the root's hooks, and takes other numbers of passes on each rank.
+    """
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if modules:  # a pass through the root first: the module that runs first becomes the root
+        token_BT = torch.zeros(1, 2, dtype=torch.long, device=model.causal_lm.lm_head.weight.device)
+        with torch.no_grad():
+            model(token_BT, token_BT[None])
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    yield
+    for module in modules:
+        module.set_reshard_after_forward(module is not model, recurse=False)
+        module.reshard()
+
+
 def clip_gradients(model, limit):
     """Scale the gradient down to norm `limit` (0: off); returns its norm before, over all ranks."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
@@ -349,12 +369,15 @@ class Heads(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.active = len(layers)  # heads 1..active run
         self.recompute = False  # the backward runs the head layers again
+        self.detached = False  # heads 2..H send no gradient to the trunk and the unembedding
 
     def forward(self, hidden_BTD, *args, **kwargs):
         outputs = []
         for layer in list(self.layers)[: self.active]:  # a slice of a ModuleList is a new module
             if self.recompute:
                 layer = functools.partial(checkpoint, layer, use_reentrant=False)
+            if self.detached and outputs:
+                hidden_BTD = hidden_BTD.detach()
             outputs.append(layer(hidden_BTD, *args, **kwargs))
         return torch.cat(outputs)
 
@@ -418,7 +441,12 @@ class MTPModel(nn.Module):
         if torch.is_autocast_enabled(hidden_ND.device.type):
             half = torch.get_autocast_dtype(hidden_ND.device.type)
             hidden_ND, weight_VD = hidden_ND.to(half), weight_VD.to(half)
-        values = token_losses(hidden_ND, weight_VD, targets_N, self.softcap, also)
+        own = targets_KBT[0].numel() if self.heads.detached else len(targets_N)
+        parts = [(hidden_ND[:own], weight_VD, targets_N[:own])]
+        if own < len(targets_N):
+            parts.append((hidden_ND[own:], weight_VD.detach(), targets_N[own:]))
+        values = [token_losses(*part, self.softcap, also) for part in parts]
+        values = [torch.cat(figures) for figures in zip(*values)]
         values = [v.view(targets_KBT.shape).clone() for v in values]  # FSDP2 takes no views
         if not weight_VD.requires_grad:  # head 1 does not train, so no product of it goes backward
             values[0] = torch.cat([values[0][:1].detach(), values[0][1:]])
@@ -1521,6 +1549,9 @@ MAY_CHANGE = MAY_CHANGE.split()
 SHOWN = {  # metrics on the screen and their labels
     "train/loss": "loss", "value/loss": "loss", "weights/ess_frac": "ess",
     "train/grad_norm": "gnorm", "perf/tokens_per_s": "tok/s",
+    "grpo/reward_mean": "reward", "grpo/mixed_groups": "mixed", "grpo/kl": "kl",
+    "grpo/tokens_per_forward": "tokens a pass",
+    "eval/accuracy": "held-out greedy", "eval/reward": "sampled",
     "eval/bits_per_byte": "held-out bits per byte",
 }  # fmt: skip
 
