@@ -1,0 +1,526 @@
+"""Group-relative policy optimisation (GRPO) for multi-token prediction: rewards weigh every head.
+
+The policy samples groups of G completions of one prompt, its own heads drafting (2211.17192: the
+distribution stays that of head 1). A completion's reward less the group's mean is the weight of its
+tokens, whichever head predicts them (GRPO 2402.03300, eq. 3 and 21):
+
+    A        = (R - mean R) / (deviation of R + 1e-4)         over the group; 0 without spread
+    w[j]     = A                                              --credit completion
+    w[t,k]   = A + (V[t+k] - V[t]) / (deviation + 1e-4)       --credit tree (TEMPO 2509.18314)
+    w       <- lambda + (1 - lambda) w
+    r[t,k]   = exp(CE_old[t,k] - CE[t,k])                     1 in the first pass over a batch
+    S[t,k]   = min(r w, clip(r, 1 - clip, 1 + clip_high) w)
+    S[t,k]   = w exp(-CE[t,k])                                where w < 0 and k > 1
+    KL[t]    = exp(d) - d - 1,  d = CE[t,1] - CE_ref[t,1]     to the start; never below 0
+    L        = 1/N * sum_t (beta m[t,1] KL[t] - sum_k m[t,k] c[k] S[t,k])
+
+Where w >= 0 the first pass has the gradient of 1/N sum m w CE: the loss of the other scripts, with
+weights of mean about 0. w CE has no bound where w < 0. Head 1 stops by itself, as it no longer
+samples what it unlearned. Heads 2..H do not sample: they minimise their probability, not its log.
+
+    symbol   variable       meaning
+    CE[t,k]  loss_KBT       cross entropy (nats) of head k at position t for the token k places on
+    m[t,k]   targets_KBT    IGNORE where m = 0: prompt, padding, past the end of the row
+    R        reward_N       of a completion, 0 to 1, by `reward`; the place for a task of your own
+    A        advantage_B    of a completion
+    V[t]     value_BT       mean reward of the group's completions that begin with tokens 0..t
+    w        weight_KBT     of head k's target: with `tree` for all tokens from t+1 to t+k
+    CE_ref   ref_BT         of the start policy's head 1; CE_old: old_KBT, of the first pass
+    c[k]     --head-coef    1 for head 1
+    lambda   --lambda       1: every sampled token weighs 1, and no reward enters
+    N        num_valid      sampled tokens of the update, ends included, over all ranks
+
+Deviations from the paper:
+  1. A mean over all tokens of an update, not over completions (DAPO 2503.14476, as is clip_high).
+  2. A completion without an end within --max-new-tokens has reward 0, and counts.
+
+Commands (the start imitates right and wrong answers alike; one --seed holds out the same sums):
+  start       python critic_wmtp.py --data sums --seq-len 16 --lambda 1 --train-on all
+                --model benchmarks/sums.json --num-heads 3 --batch-size 64 --max-steps 800
+                --run-dir runs/start
+  laptop      python grpo_wmtp.py --model runs/start --num-heads 3 --seq-len 16
+                --batch-size 128 --lr 3e-4 --warmup-steps 5 --max-steps 200
+  eight GPUs  torchrun --nproc-per-node 8 grpo_wmtp.py --model ... --data my.jsonl ...
+Results: README.md
+"""
+
+import ast
+import collections
+import copy
+import operator
+import time
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+
+from common import CORRECT, IGNORE, Batch, Run, Sums, UsageError, batch_rows, build_model
+from common import check_ranges, check_run_args, clip_gradients, count_targets, describe, generate
+from common import is_fresh, learning_rate, load_data, make_optimizer, make_targets, max_positions
+from common import micro_batch_rows, run_script, set_gradient_sync, setup_ranks, shard, unsharded
+
+# Shapes: B sequences, T positions, K heads, G completions of a group, N completions of this rank.
+START = "critic_wmtp.py --data sums --seq-len 16 --lambda 1 --train-on all --batch-size 64"
+START += " --model benchmarks/sums.json --num-heads 3 --max-steps 800 --run-dir runs/start"
+NEXT = "grpo_wmtp.py --model runs/start --num-heads 3 --seq-len 16 --batch-size 128 --lr 3e-4"
+NEXT += " --warmup-steps 5 --max-steps 200"
+
+
+@dataclass
+class Args:
+    # Run
+    run_dir: str = ""  # folder of the run; empty: runs/<script>-s<seed>-<hash>
+    seed: int = 0  # fixes initial weights, order of the data, held-out documents and noise
+    tracker: Literal["mlflow", "wandb", "none"] = "mlflow"
+    """mlflow: a SQLite file beside the run folders. wandb: offline where no key is set."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA, else the CPU
+
+    # Model
+    model: str = "tiny"  # tiny, a config.json, a Hugging Face model (folder or hub name), or a run
+    num_heads: int = 4  # heads H: how many next tokens are predicted at once; 1 is plain training
+    mtp_schedule: Literal["constant", "forward", "reverse"] = "constant"
+    """Heads trained: all; 1, 2, .. H in equal parts of the run; or H, .. 2, 1 (2505.22757)."""
+    train: Literal["all", "heads"] = "all"
+    """heads: heads 2..H alone; trunk and head 1 of a --model with weights stay as they are."""
+
+    # Data
+    data: str = "sums"  # or a file, folder or hub name with prompt and completion, the answer
+    heldout_data: str = ""  # held-out documents, named as --data; empty: a part of --data
+    seq_len: int = 256  # tokens a row
+    noise_frac: float = 0.0  # share of the training lines replaced by random characters
+
+    # Optimisation
+    batch_size: int = 4  # rows an update, over all ranks and micro-steps
+    micro_batch_size: int = 0  # rows a rank runs through the model at once; 0: batch size / ranks
+    lr: float | None = None
+    """Peak learning rate of AdamW; None: 3e-3 from scratch, 1e-5 for a model with weights."""
+    heads_lr: float | None = None
+    """That of heads 2..H; None: 1e-3 where they are added to a model with weights, else --lr."""
+    warmup_steps: int = 40  # updates of linear warm-up; a cosine to zero follows
+    max_steps: int = 1750  # updates in all
+    weight_decay: float = 0.1  # decay of matrices; vectors have none
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: off
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the products; auto: bf16 on a GPU that has it, else fp32. Master weights are fp32."""
+    compile: bool = False  # run the model through torch.compile
+    recompute: Literal["none", "heads", "all"] = "none"
+    """Layers that run again in the backward: less memory, more time."""
+
+    # Evaluation and checkpoints
+    eval_every: int = 0  # updates between evaluations on the held-out documents; 0: only at the end
+    eval_rows: int = 0  # held-out rows in an evaluation, evenly spaced; 0: all
+    save_every: int = 500  # updates between checkpoints; 0: only at the end
+    keep_last: int = 2  # checkpoints to keep; 0: all
+    checkpoint_dir: str = ""  # folder or URL of checkpoints; empty: checkpoints/ in the run folder
+
+    # Algorithm specific arguments
+    lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.0  # share of equal weights, 0 to 1
+    reward: Literal["answer", "expressions"] = "answer"
+    """1 if a completion is the record's own; if its value is that of the prompt (`reward`)."""
+    group_size: int = 8  # completions of a prompt, at least 2; --batch-size counts completions
+    max_new_tokens: int = 8  # longest completion, its end included, tokens
+    decode: Literal["heads", "plain"] = "heads"  # whether heads 2..H draft: faster, same texts
+    credit: Literal["completion", "tree"] = "completion"  # weight of a token (see above)
+    scale: Literal["group", "none"] = "group"  # divide by the group's deviation, or do not
+    clip: float = 0.2  # how far below 1 the ratio of probabilities still counts
+    clip_high: float = 0.28  # how far above
+    updates_per_batch: int = 1  # passes over the completions of a step, each with an update
+    beta: float = 0.02  # share of the KL divergence to the start; 0: no reference is loaded
+    head_loss: Literal["policy", "imitate", "none"] = "policy"
+    """Of heads 2..H: as head 1; CE of all samples, detached from trunk and unembedding; no loss."""
+    head_coef: float | None = None  # its share; None: 1, and 0.1 to imitate
+    control: Literal["none", "shuffle", "random"] = "none"
+    """Rewards without information: permuted in the group, or drawn from it anew."""
+
+    def __post_init__(self):
+        if is_fresh(self.model):
+            start = f"`{START}` trains one, then `{NEXT}`"
+            raise UsageError(f"--model {self.model}: name a trained start; {start}")
+        check_run_args(self)
+        if self.head_coef is None:
+            self.head_coef = 0.1 if self.head_loss == "imitate" else 1.0
+        if self.group_size < 2:
+            reason = "a group of one has no advantage; at least 2"
+            raise UsageError(f"--group-size {self.group_size}: {reason}")
+        check_ranges(self, lambda_=(0, 1), clip=(0, 1), clip_high=(0, 1e9), beta=(0, 1e9))
+        check_ranges(self, head_coef=(0, 1e9), max_new_tokens=(1, 1e9))
+        check_ranges(self, updates_per_batch=(1, 1e9), noise_frac=(0, 0))
+        for name, needed, reason in (
+            ("mtp_schedule", "constant", "heads that draft are trained heads"),
+            ("train", "all", "head 1 is the policy"),
+        ):
+            if getattr(self, name) != needed:
+                flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                raise UsageError(f"{flag}: {reason}; use {needed}")
+
+
+# ---------------------------------------------------------------------------------------- reward
+def reward(prompt, completion, answer, rule):
+    """Reward of a completion, 0 to 1. Replace this function for a task of your own.
+
+    Programs with tests go here: write `prompt + completion` and the tests to a file, run it in a
+    sandbox (evaluate.py has one; a sampled program is never run without), and return the share of
+    the tests that pass. `answer` may then hold the tests: it is the record's completion.
+
+    Args:
+        rule: `answer`: the completion is the record's own, of --data sums the right digits.
+            `expressions`: it has the value of the prompt before "=", as in "7*8=" or "56=".
+    """
+    if rule == "answer":
+        return float(completion == answer)
+    goal, own = expression_value(prompt.rstrip("= \n")), expression_value(completion)
+    return float(goal is not None and goal == own)
+
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+
+
+def expression_value(text):
+    """Python's own value of integers with + - * and brackets; None for any other text."""
+
+    def value(node):
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return node.value
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        raise ValueError("another kind of expression")
+
+    try:
+        return value(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+# ------------------------------------------------------------------------------------- algorithm
+def advantages(reward_G, scale):
+    """A of a group (2402.03300, section 4.1.2), and the number that rewards are divided by."""
+    if np.ptp(reward_G) == 0:  # a mean of equal numbers may not be that number
+        return np.zeros(len(reward_G)), 1.0
+    unit = reward_G.std() + 1e-4 if scale == "group" else 1.0
+    return (reward_G - reward_G.mean()) / unit, unit
+
+
+def prefix_values(tokens_G, reward_G):
+    """V of every prefix of each completion, the empty one first: G lists (2509.18314)."""
+    rewards = collections.defaultdict(list)
+    for tokens, own in zip(tokens_G, reward_G):
+        for end in range(len(tokens) + 1):
+            rewards[tuple(tokens[:end])].append(own)
+    means = {prefix: np.mean(own) for prefix, own in rewards.items()}
+    return [[means[tuple(ids[:end])] for end in range(len(ids) + 1)] for ids in tokens_G]
+
+
+def token_weights(batch, args):
+    """Weight of every head's targets, `[K, B, T]`: A and what V changes up to the target."""
+    weights = []
+    for k, valid_BT in enumerate(batch.targets_KBT != IGNORE, start=1):
+        change_BT = F.pad(batch.value_BT[:, k:], (0, k)) - batch.value_BT
+        weight_BT = args.lambda_ + (1 - args.lambda_) * (batch.advantage_B[:, None] + change_BT)
+        weights.append(weight_BT * valid_BT)
+    return torch.stack(weights)
+
+
+def gains(loss_KBT, old_KBT, weight_KBT, args):
+    """c S of every target, and where the clip stops its gradient, both `[K, B, T]`."""
+    ratio_KBT = (old_KBT - loss_KBT).exp()
+    free_KBT = ratio_KBT * weight_KBT
+    clipped_KBT = ratio_KBT.clamp(1 - args.clip, 1 + args.clip_high) * weight_KBT
+    gain_KBT = torch.minimum(free_KBT, clipped_KBT)
+    if args.head_loss == "imitate":
+        others_KBT = -loss_KBT[1:]
+    else:
+        bounded_KBT = weight_KBT * (-loss_KBT).exp()
+        others_KBT = torch.where(weight_KBT < 0, bounded_KBT, gain_KBT)[1:]
+    return torch.cat([gain_KBT[:1], args.head_coef * others_KBT]), clipped_KBT < free_KBT
+
+
+def divergence(loss_BT, ref_BT):
+    """KL of every token, never below 0; its mean over samples is the divergence (k3)."""
+    log_ratio_BT = loss_BT - ref_BT
+    return torch.expm1(log_ratio_BT) - log_ratio_BT
+
+
+@torch.no_grad()
+def start_losses(reference, batch, ranks):
+    """CE of the start policy's head 1, `[B, T]`; without a reference that of the policy."""
+    if reference is None:
+        return batch.old_KBT[0]
+    with ranks.autocast():
+        return reference(batch.x_BT, batch.targets_KBT[:1])[0]
+
+
+# -------------------------------------------------------------------------------------- rollouts
+@dataclass
+class Samples:
+    """Completions of this rank, N; those of one prompt are neighbours."""
+
+    prompts: list  # token ids before each completion
+    tokens: list  # token ids of each completion, the end of sequence included
+    reward_N: np.ndarray
+    num_truncated: int = 0  # completions without an end
+    row_steps: int = 0  # decoding passes, counted once for each row in them
+    new_tokens: int = 0  # tokens from those passes
+
+
+@dataclass
+class GroupBatch(Batch):
+    """A micro-batch of completions, with what their weights and their loss are made of."""
+
+    advantage_B: torch.Tensor = None
+    value_BT: torch.Tensor = None  # V over the group's deviation; 0 with --credit completion
+    old_KBT: torch.Tensor = None  # CE of the first pass
+    ref_BT: torch.Tensor = None  # CE of the start policy's head 1
+
+
+class Sampler:
+    """Draws completions from the policy and rewards them.
+
+    A text depends on weights, seed, step, and its place in the update alone: not on the ranks, the
+    batch or a resume.
+
+    Raises:
+        UsageError: sizes that do not fit, or data without prompts.
+    """
+
+    def __init__(self, model, tokenizer, data, micro_batch_size, args, ranks):
+        self.model, self.tokenizer, self.data = model, tokenizer, data
+        self.micro_batch_size, self.args, self.ranks = micro_batch_size, args, ranks
+        unit, longest = ranks.world_size * args.group_size, max_positions(model.causal_lm.config)
+        if args.batch_size % unit:
+            sizes = f"not divisible by {ranks.world_size} rank(s) x --group-size {args.group_size}"
+            raise UsageError(f"--batch-size {args.batch_size}: {sizes} = {unit}")
+        if args.seq_len + args.max_new_tokens > longest:
+            sizes = f"and --seq-len {args.seq_len}: {longest} positions in --model at most"
+            raise UsageError(f"--max-new-tokens {args.max_new_tokens} {sizes}")
+        heldout = data.heldout
+        if "reward" in heldout.column_names:  # each prompt with its right answer
+            heldout = heldout.select(np.flatnonzero(heldout["reward"][:] > CORRECT))
+        self.heldout, self.num_prompts = heldout, args.batch_size // args.group_size
+        epochs = args.max_steps * self.num_prompts / len(data.train)
+        text = f"{self.num_prompts} prompts x {args.group_size} completions, {epochs:.2f} epochs"
+        ranks.print(f"groups    {text} of prompts")
+
+    def draw(self, rows, numbers, seeds, temperature):
+        """Samples for the prompts of these rows, a completion for each number."""
+        tokenizer, args, samples = self.tokenizer, self.args, Samples([], [], None)
+        eos, rewards = tokenizer.eos_token_id, []
+        num_heads = args.num_heads if args.decode == "heads" else 1
+        self.model.eval()
+        with unsharded(self.model), self.ranks.autocast():
+            for first in range(0, len(numbers), self.micro_batch_size):
+                part = slice(first, first + self.micro_batch_size)
+                columns, answers, prompts = rows[numbers[part]], [], []
+                for ids, is_target in zip(columns["input_ids"].tolist(), columns["is_target"]):
+                    start, *_, end = np.flatnonzero(is_target)
+                    if start == 0:
+                        needed = "needs records with prompt and completion"
+                        raise UsageError(f"--data {args.data}: {needed}")
+                    prompts.append(ids[:start])
+                    answers.append(tokenizer.decode(ids[start:end]))
+                options = (num_heads, temperature, 1, seeds[part])
+                done = generate(self.model, prompts, args.max_new_tokens, eos, *options)
+                for prompt, tokens, answer in zip(prompts, done.tokens, answers):
+                    text = tokenizer.decode(prompt, skip_special_tokens=True)
+                    is_whole = len(tokens) < args.max_new_tokens
+                    own = (text, tokenizer.decode(tokens), answer, args.reward)
+                    rewards.append(reward(*own) if is_whole else 0.0)
+                    samples.tokens.append([*tokens, eos] if is_whole else tokens)
+                    samples.num_truncated += not is_whole
+                samples.prompts += prompts
+                samples.row_steps += done.row_steps
+                samples.new_tokens += done.new_tokens
+        self.model.train()
+        samples.reward_N = np.array(rewards)
+        return samples
+
+    def rollout(self, step):
+        """This rank's groups of update `step` (0-based), at temperature 1."""
+        args, ranks = self.args, self.ranks
+        numbers = batch_rows(len(self.data.train), self.num_prompts, args.seed, step)
+        numbers = numbers.repeat(args.group_size).reshape(ranks.world_size, -1)[ranks.rank]
+        first = ranks.rank * len(numbers)
+        seeds = [(args.seed, step, first + place, 1) for place in range(len(numbers))]
+        return self.draw(self.data.train, numbers, seeds, temperature=1)
+
+    def batches(self, samples, step, num_heads):
+        """Micro-batches of prompt and completion, padded; controls change the rewards here."""
+        args, ranks, size = self.args, self.ranks, self.args.group_size
+        advantage_N, values = [], []
+        for first in range(0, len(samples.tokens), size):
+            group, place = slice(first, first + size), ranks.rank * len(samples.tokens) + first
+            reward_G = samples.reward_N[group]
+            if args.control != "none":
+                random = np.random.default_rng((args.seed, step, place, 2))
+                reward_G = random.choice(reward_G, size, replace=args.control == "random")
+            advantage_G, unit = advantages(reward_G, args.scale)
+            advantage_N += advantage_G.tolist()
+            is_tree = args.credit == "tree"
+            values += prefix_values(samples.tokens[group], reward_G / unit * is_tree)
+        pad, made = self.tokenizer.pad_token_id or 0, []
+        for first in range(0, len(samples.tokens), self.micro_batch_size):
+            part = range(first, first + self.micro_batch_size)
+            ends = [len(samples.prompts[n]) + len(samples.tokens[n]) for n in part]
+            x_BT = np.full((len(part), max(ends)), pad, np.int64)
+            document_BT, value_BT = np.full_like(x_BT, -1), np.zeros(x_BT.shape, np.float32)
+            for row, (n, end) in enumerate(zip(part, ends)):
+                x_BT[row, :end] = samples.prompts[n] + samples.tokens[n]
+                document_BT[row, :end] = 0
+                value_BT[row, len(samples.prompts[n]) - 1 : end] = values[n]
+            position_T = np.arange(x_BT.shape[1])
+            start_B = np.array([len(samples.prompts[n]) for n in part])
+            is_target_BT = (position_T >= start_B[:, None]) & (document_BT == 0)
+            targets_KBT = make_targets(x_BT, document_BT, is_target_BT, num_heads)
+            reward_B = samples.reward_N[part.start : part.stop].astype(np.float32)
+            advantage_B = np.array(advantage_N[part.start : part.stop], np.float32)
+            arrays = (x_BT, targets_KBT, np.zeros_like(is_target_BT), is_target_BT)
+            arrays += (reward_B, advantage_B, value_BT)
+            tensors = (torch.from_numpy(array).to(ranks.device) for array in arrays)
+            made.append(GroupBatch(np.array(part), *tensors))
+        return made
+
+    def metrics(self, samples):
+        """`grpo/..` of the completions of all ranks."""
+        reward_NG = samples.reward_N.reshape(-1, self.args.group_size)
+        figures = dict(reward_mean=reward_NG.sum(), reward_std=np.square(reward_NG).sum())
+        figures.update(length=sum(map(len, samples.tokens)), truncated=samples.num_truncated)
+        figures.update(mixed_groups=np.ptp(reward_NG, axis=1).astype(bool).sum())
+        numbers = [*figures.values(), samples.row_steps, samples.new_tokens]
+        *totals, row_steps, new_tokens = self.ranks.sum(torch.tensor(numbers).double()).tolist()
+        result = {name: total / self.args.batch_size for name, total in zip(figures, totals)}
+        result["reward_std"] = max(0.0, result["reward_std"] - result["reward_mean"] ** 2) ** 0.5
+        result["mixed_groups"] *= self.args.group_size
+        result["tokens_per_forward"] = new_tokens / max(1, row_steps)
+        return {f"grpo/{name}": value for name, value in result.items()}
+
+    def judge(self, step):
+        """Mean reward of held-out prompts: greedy (`eval/accuracy`), and sampled, fixed seeds."""
+        args, ranks, total = self.args, self.ranks, len(self.heldout)
+        count = min(args.eval_rows or total, total)
+        numbers = np.linspace(0, total - 1, count).astype(int)[ranks.rank :: ranks.world_size]
+        seeds, metrics = [(args.seed, int(number), 0, 3) for number in numbers], {}
+        for name, temperature in (("eval/accuracy", 0), ("eval/reward", 1)):
+            samples = self.draw(self.heldout, numbers, seeds, temperature)
+            reward_sum = ranks.sum(torch.tensor(samples.reward_N.sum())).item()
+            metrics[name] = reward_sum / count
+        if step == 0 and metrics["eval/reward"] < 0.3:
+            start = f"--model {args.model} has a sampled reward of {metrics['eval/reward']:.2f}"
+            ranks.print(f"warning   {start}; starts below 0.3 did not learn: train it for longer")
+        return metrics
+
+
+# ------------------------------------------------------------------------------------------ main
+def main(args):
+    # Setup: the run folder comes first, so that a finished run says so at once
+    ranks = setup_ranks(args.device, args.dtype)
+    micro_batch_size = micro_batch_rows(args, ranks)
+    run = Run(args, __file__, ranks)
+    if run.finished:
+        return
+
+    # Model and data: every rank draws the same initial weights
+    torch.manual_seed(args.seed)
+    model, tokenizer = build_model(args.model, args.num_heads, args.seq_len, args.recompute)
+    model.set_trained(args.train)
+    data = load_data(args, tokenizer, ranks)
+    describe(args, model, data, micro_batch_size, ranks)
+
+    # ALGO LOGIC: the start is the reference; a resumed run must find the same one
+    sampler = Sampler(model, tokenizer, data, micro_batch_size, args, ranks)
+    sums_of_bits = [p.detach().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()]
+    run.record(data, start_fingerprint=sum(sums_of_bits).item())
+    model.heads.detached = args.head_loss == "imitate"
+    reference = None
+    if args.beta > 0:
+        reference = copy.deepcopy(model).eval().requires_grad_(False)
+        reference.heads.layers = reference.heads.layers[:1]
+        reference = shard(reference.to(ranks.device), ranks)
+
+    model = shard(model.to(ranks.device), ranks)
+    if args.compile:
+        model.compile()
+    optimizer = make_optimizer(model, args)
+
+    # Loop: save, evaluate, update. It comes round once more than there are updates
+    start = run.resume(model=model, optimizer=optimizer)
+    model.train()
+    for step in range(start, args.max_steps + 1):
+        if run.should_save(step):
+            run.save(step, model=model, optimizer=optimizer)  # after a stop signal it ends here
+        if run.should_evaluate(step):
+            heldout = run.evaluate(step, model, data, micro_batch_size)
+            run.log(step, sampler.judge(step))  # ALGO LOGIC
+        if step == args.max_steps:
+            break
+
+        # One update: targets are counted over all ranks and micro-steps before the first backward
+        began = time.perf_counter()
+        torch.manual_seed(hash((args.seed, step, ranks.rank)))  # dropout: no generator to save
+        lr = learning_rate(step, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        num_heads = 1 if args.head_loss == "none" else args.num_heads
+
+        # ALGO LOGIC: the policy samples what it trains on
+        samples = sampler.rollout(step)
+        batches = sampler.batches(samples, step, num_heads)
+        rollout_s = time.perf_counter() - began
+
+        count_K = ranks.sum(count_targets(batches))
+        num_valid = count_K[0].clamp(min=1)
+        for _ in range(args.updates_per_batch):
+            sums = Sums(ranks)
+            for number, batch in enumerate(batches, start=1):
+                set_gradient_sync(model, number == len(batches))
+                with ranks.autocast():
+                    loss_KBT = model(batch.x_BT, batch.targets_KBT)
+
+                # ALGO LOGIC: the group's rewards weigh the targets; the start holds the policy
+                if batch.old_KBT is None:
+                    batch.old_KBT = loss_KBT.detach()
+                    batch.ref_BT = start_losses(reference, batch, ranks)
+                weight_KBT = token_weights(batch, args)
+                gain_KBT, stopped_KBT = gains(loss_KBT, batch.old_KBT, weight_KBT, args)
+                kl_BT = divergence(loss_KBT[0], batch.ref_BT)
+
+                objective = (args.beta * kl_BT.sum() - gain_KBT.sum()) / num_valid
+                objective.backward()
+                figures = dict(kl=kl_BT.sum(), clipped=stopped_KBT[0].sum())
+                figures["abs"] = weight_KBT[0].abs().sum()
+                sums.add(batch, loss_KBT, weight_KBT, objective=objective, **figures)
+            grad_norm = clip_gradients(model, args.grad_clip)
+
+            # Metrics of the update, exact over all ranks and micro-steps
+            metrics = sums.metrics(count_K)
+            metrics["train/grad_norm"] = grad_norm
+            metrics["train/lr"] = lr
+            run.require_finite(step, metrics)
+            if grad_norm > 0:  # ALGO LOGIC: without spread and KL, no step on momentum alone
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - began
+        metrics["perf/tokens_per_s"] = num_valid.item() / seconds
+
+        # ALGO LOGIC: figures of the last pass and of the completions
+        per_token = {name: sums.total[name] / num_valid.item() for name in figures}
+        metrics["weights/abs_mean"], metrics["grpo/clip_frac"] = per_token["abs"], per_token["clipped"]
+        metrics.update(sampler.metrics(samples))
+        metrics["grpo/skipped"] = float(grad_norm == 0)
+        metrics["perf/rollout_s"], metrics["perf/train_s"] = rollout_s, seconds - rollout_s
+        if reference is not None:
+            metrics["grpo/kl"] = per_token["kl"]
+
+        run.log(step + 1, metrics)
+        if step + 1 == args.max_steps:
+            run.write_weights(batch, F.pad(weight_KBT[0, :, :-1], (1, 0)))
+
+    # End: the model as others read it, and the held-out figures
+    run.finish(model, tokenizer, data, heldout)
+
+
+if __name__ == "__main__":
+    run_script(main, Args, __doc__)
