@@ -1,45 +1,40 @@
 """Group-relative policy optimisation (GRPO) for multi-token prediction: rewards weigh every head.
 
-The policy samples groups of G completions of one prompt, its own heads drafting (2211.17192: the
-distribution stays that of head 1). A completion's reward less the group's mean is the weight of its
-tokens, whichever head predicts them (GRPO 2402.03300, eq. 3 and 21):
+The policy samples groups of G completions of one prompt. Its heads draft; the distribution is that
+of head 1 (2211.17192). A completion's reward less the group's mean is the weight of its tokens,
+whichever head predicts them (GRPO, https://arxiv.org/abs/2402.03300, eq. 3):
 
     A        = (R - mean R) / (deviation of R + 1e-4)         over the group; 0 without spread
-    w[j]     = A                                              --credit completion
+    w[t,k]   = A                                              --credit completion
     w[t,k]   = A + (V[t+k] - V[t]) / (deviation + 1e-4)       --credit tree (TEMPO 2509.18314)
     w       <- lambda + (1 - lambda) w
     r[t,k]   = exp(CE_old[t,k] - CE[t,k])                     1 in the first pass over a batch
-    S[t,k]   = min(r w, clip(r, 1 - clip, 1 + clip_high) w)
-    S[t,k]   = w exp(-CE[t,k])                                where w < 0 and k > 1
+    S[t,k]   = min(r w, clip(r, 1 - clip, 1 + clip_high) w)   w exp(-CE[t,k]) if w < 0 and k > 1
     KL[t]    = exp(d) - d - 1,  d = CE[t,1] - CE_ref[t,1]     to the start; never below 0
     L        = 1/N * sum_t (beta m[t,1] KL[t] - sum_k m[t,k] c[k] S[t,k])
 
-Where w >= 0 the first pass has the gradient of 1/N sum m w CE: the loss of the other scripts, with
-weights of mean about 0. w CE has no bound where w < 0. Head 1 stops by itself, as it no longer
-samples what it unlearned. Heads 2..H do not sample: they minimise their probability, not its log.
+Where w >= 0 the first pass has the gradient of 1/N sum m w CE, the loss of the other scripts. Where
+w < 0, w CE has no bound. Head 1 no longer samples what it unlearned, so it stops by itself; heads
+2..H do not sample, so they minimise a probability, not its logarithm.
 
     symbol   variable       meaning
     CE[t,k]  loss_KBT       cross entropy (nats) of head k at position t for the token k places on
     m[t,k]   targets_KBT    IGNORE where m = 0: prompt, padding, past the end of the row
-    R        reward_N       of a completion, 0 to 1, by `reward`; the place for a task of your own
+    R        reward_G       of a completion, 0 to 1, by `reward`; the place for a task of your own
     A        advantage_B    of a completion
     V[t]     value_BT       mean reward of the group's completions that begin with tokens 0..t
     w        weight_KBT     of head k's target: with `tree` for all tokens from t+1 to t+k
     CE_ref   ref_BT         of the start policy's head 1; CE_old: old_KBT, of the first pass
     c[k]     --head-coef    1 for head 1
-    lambda   --lambda       1: every sampled token weighs 1, and no reward enters
+    lambda   --lambda       1: every sampled token weighs 1, no reward enters
     N        num_valid      sampled tokens of the update, ends included, over all ranks
 
 Deviations from the paper:
   1. A mean over all tokens of an update, not over completions (DAPO 2503.14476, as is clip_high).
-  2. A completion without an end within --max-new-tokens has reward 0, and counts.
+  2. Completions without an end within --max-new-tokens have reward 0.
 
-Commands (the start imitates right and wrong answers alike; one --seed holds out the same sums):
-  start       python critic_wmtp.py --data sums --seq-len 16 --lambda 1 --train-on all
-                --model benchmarks/sums.json --num-heads 3 --batch-size 64 --max-steps 800
-                --run-dir runs/start
-  laptop      python grpo_wmtp.py --model runs/start --num-heads 3 --seq-len 16
-                --batch-size 128 --lr 3e-4 --warmup-steps 5 --max-steps 200
+Commands:
+  laptop      python grpo_wmtp.py      prints two: a start, of right and wrong answers, and this
   eight GPUs  torchrun --nproc-per-node 8 grpo_wmtp.py --model ... --data my.jsonl ...
 Results: README.md
 """
@@ -47,6 +42,7 @@ Results: README.md
 import ast
 import collections
 import copy
+import functools
 import operator
 import time
 from dataclasses import dataclass
@@ -57,16 +53,18 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from common import CORRECT, IGNORE, Batch, Run, Sums, UsageError, batch_rows, build_model
-from common import check_ranges, check_run_args, clip_gradients, count_targets, describe, generate
-from common import is_fresh, learning_rate, load_data, make_optimizer, make_targets, max_positions
-from common import micro_batch_rows, run_script, set_gradient_sync, setup_ranks, shard, unsharded
+from common import CORRECT, IGNORE, Run, Sums, UsageError, active_heads, batch_rows
+from common import build_model, check_ranges, check_run_args, clip_gradients, count_targets
+from common import describe, generate, is_fresh, learning_rate, load_data, make_optimizer
+from common import make_targets, max_positions, micro_batch_rows, run_script, set_gradient_sync
+from common import setup_ranks, shard, unsharded
 
 # Shapes: B sequences, T positions, K heads, G completions of a group, N completions of this rank.
-START = "critic_wmtp.py --data sums --seq-len 16 --lambda 1 --train-on all --batch-size 64"
-START += " --model benchmarks/sums.json --num-heads 3 --max-steps 800 --run-dir runs/start"
-NEXT = "grpo_wmtp.py --model runs/start --num-heads 3 --seq-len 16 --batch-size 128 --lr 3e-4"
-NEXT += " --warmup-steps 5 --max-steps 200"
+# Held-out sums are those of a seed: both stages need the same one.
+START = "critic_wmtp.py --model benchmarks/sums.json --num-heads 3 --data sums --seq-len 10"
+START += " --batch-size 64 --max-steps 1500 --lambda 1 --train-on all --run-dir runs/start"
+NEXT = "grpo_wmtp.py --model runs/start --num-heads 3 --data sums --seq-len 10"
+NEXT += " --batch-size 128 --lr 3e-4 --warmup-steps 5 --max-steps 200"
 
 
 @dataclass
@@ -132,8 +130,7 @@ class Args:
     head_loss: Literal["policy", "imitate", "none"] = "policy"
     """Of heads 2..H: as head 1; CE of all samples, detached from trunk and unembedding; no loss."""
     head_coef: float | None = None  # its share; None: 1, and 0.1 to imitate
-    control: Literal["none", "shuffle", "random"] = "none"
-    """Rewards without information: permuted in the group, or drawn from it anew."""
+    control: Literal["none", "shuffle"] = "none"  # shuffle: rewards permuted in the group
 
     def __post_init__(self):
         if is_fresh(self.model):
@@ -143,31 +140,23 @@ class Args:
         if self.head_coef is None:
             self.head_coef = 0.1 if self.head_loss == "imitate" else 1.0
         if self.group_size < 2:
-            reason = "a group of one has no advantage; at least 2"
-            raise UsageError(f"--group-size {self.group_size}: {reason}")
-        check_ranges(self, lambda_=(0, 1), clip=(0, 1), clip_high=(0, 1e9), beta=(0, 1e9))
-        check_ranges(self, head_coef=(0, 1e9), max_new_tokens=(1, 1e9))
-        check_ranges(self, updates_per_batch=(1, 1e9), noise_frac=(0, 0))
-        for name, needed, reason in (
-            ("mtp_schedule", "constant", "heads that draft are trained heads"),
-            ("train", "all", "head 1 is the policy"),
-        ):
-            if getattr(self, name) != needed:
-                flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
-                raise UsageError(f"{flag}: {reason}; use {needed}")
+            raise UsageError(f"--group-size {self.group_size}: one has no advantage; at least 2")
+        check_ranges(self, lambda_=(0, 1), clip=(0, 1), noise_frac=(0, 0), clip_high=(0, 1e9))
+        check_ranges(self, **dict.fromkeys(["beta", "head_coef"], (0, 1e9)))
+        check_ranges(self, **dict.fromkeys(["max_new_tokens", "updates_per_batch"], (1, 1e9)))
+        if self.train == "heads" and self.head_loss == "none":
+            raise UsageError("--train heads --head-loss none: nothing trains; change one of them")
 
 
 # ---------------------------------------------------------------------------------------- reward
 def reward(prompt, completion, answer, rule):
     """Reward of a completion, 0 to 1. Replace this function for a task of your own.
 
-    Programs with tests go here: write `prompt + completion` and the tests to a file, run it in a
-    sandbox (evaluate.py has one; a sampled program is never run without), and return the share of
-    the tests that pass. `answer` may then hold the tests: it is the record's completion.
-
-    Args:
-        rule: `answer`: the completion is the record's own, of --data sums the right digits.
-            `expressions`: it has the value of the prompt before "=", as in "7*8=" or "56=".
+    Rule `answer`: it is the completion of the record, of --data sums the right digits. Rule
+    `expressions`: its value is that of the prompt before "=", as after "7*8=" or "56=". Programs
+    with tests go here too: write `prompt + completion` and the tests to a file, run it in a sandbox
+    (evaluate.py has one; never run a sampled program without), and return the share of the tests
+    that pass. `answer` may hold the tests.
     """
     if rule == "answer":
         return float(completion == answer)
@@ -245,15 +234,6 @@ def divergence(loss_BT, ref_BT):
     return torch.expm1(log_ratio_BT) - log_ratio_BT
 
 
-@torch.no_grad()
-def start_losses(reference, batch, ranks):
-    """CE of the start policy's head 1, `[B, T]`; without a reference that of the policy."""
-    if reference is None:
-        return batch.old_KBT[0]
-    with ranks.autocast():
-        return reference(batch.x_BT, batch.targets_KBT[:1])[0]
-
-
 # -------------------------------------------------------------------------------------- rollouts
 @dataclass
 class Samples:
@@ -261,18 +241,19 @@ class Samples:
 
     prompts: list  # token ids before each completion
     tokens: list  # token ids of each completion, the end of sequence included
-    reward_N: np.ndarray
-    num_truncated: int = 0  # completions without an end
+    rewards: list
     row_steps: int = 0  # decoding passes, counted once for each row in them
     new_tokens: int = 0  # tokens from those passes
 
 
 @dataclass
-class GroupBatch(Batch):
+class GroupBatch:
     """A micro-batch of completions, with what their weights and their loss are made of."""
 
-    advantage_B: torch.Tensor = None
-    value_BT: torch.Tensor = None  # V over the group's deviation; 0 with --credit completion
+    x_BT: torch.Tensor
+    targets_KBT: torch.Tensor
+    advantage_B: torch.Tensor
+    value_BT: torch.Tensor  # V over the group's deviation; 0 with --credit completion
     old_KBT: torch.Tensor = None  # CE of the first pass
     ref_BT: torch.Tensor = None  # CE of the start policy's head 1
 
@@ -280,11 +261,8 @@ class GroupBatch(Batch):
 class Sampler:
     """Draws completions from the policy and rewards them.
 
-    A text depends on weights, seed, step, and its place in the update alone: not on the ranks, the
-    batch or a resume.
-
-    Raises:
-        UsageError: sizes that do not fit, or data without prompts.
+    A text depends on weights, seed, step and its place in the update, on nothing else. A
+    `UsageError` names sizes that do not fit, or data without prompts.
     """
 
     def __init__(self, model, tokenizer, data, micro_batch_size, args, ranks):
@@ -292,23 +270,22 @@ class Sampler:
         self.micro_batch_size, self.args, self.ranks = micro_batch_size, args, ranks
         unit, longest = ranks.world_size * args.group_size, max_positions(model.causal_lm.config)
         if args.batch_size % unit:
-            sizes = f"not divisible by {ranks.world_size} rank(s) x --group-size {args.group_size}"
-            raise UsageError(f"--batch-size {args.batch_size}: {sizes} = {unit}")
+            reason = f"no multiple of {unit}, --group-size times ranks"
+            raise UsageError(f"--batch-size {args.batch_size}: {reason}")
         if args.seq_len + args.max_new_tokens > longest:
             sizes = f"and --seq-len {args.seq_len}: {longest} positions in --model at most"
             raise UsageError(f"--max-new-tokens {args.max_new_tokens} {sizes}")
+        if data.train[0]["is_target"][0]:
+            raise UsageError(f"--data {args.data}: holds no prompts; needs prompt and completion")
         heldout = data.heldout
         if "reward" in heldout.column_names:  # each prompt with its right answer
             heldout = heldout.select(np.flatnonzero(heldout["reward"][:] > CORRECT))
         self.heldout, self.num_prompts = heldout, args.batch_size // args.group_size
-        epochs = args.max_steps * self.num_prompts / len(data.train)
-        text = f"{self.num_prompts} prompts x {args.group_size} completions, {epochs:.2f} epochs"
-        ranks.print(f"groups    {text} of prompts")
 
     def draw(self, rows, numbers, seeds, temperature):
         """Samples for the prompts of these rows, a completion for each number."""
-        tokenizer, args, samples = self.tokenizer, self.args, Samples([], [], None)
-        eos, rewards = tokenizer.eos_token_id, []
+        args, eos, samples = self.args, self.tokenizer.eos_token_id, Samples([], [], [])
+        decode = functools.partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
         num_heads = args.num_heads if args.decode == "heads" else 1
         self.model.eval()
         with unsharded(self.model), self.ranks.autocast():
@@ -317,25 +294,19 @@ class Sampler:
                 columns, answers, prompts = rows[numbers[part]], [], []
                 for ids, is_target in zip(columns["input_ids"].tolist(), columns["is_target"]):
                     start, *_, end = np.flatnonzero(is_target)
-                    if start == 0:
-                        needed = "needs records with prompt and completion"
-                        raise UsageError(f"--data {args.data}: {needed}")
                     prompts.append(ids[:start])
-                    answers.append(tokenizer.decode(ids[start:end]))
-                options = (num_heads, temperature, 1, seeds[part])
-                done = generate(self.model, prompts, args.max_new_tokens, eos, *options)
-                for prompt, tokens, answer in zip(prompts, done.tokens, answers):
-                    text = tokenizer.decode(prompt, skip_special_tokens=True)
-                    is_whole = len(tokens) < args.max_new_tokens
-                    own = (text, tokenizer.decode(tokens), answer, args.reward)
-                    rewards.append(reward(*own) if is_whole else 0.0)
-                    samples.tokens.append([*tokens, eos] if is_whole else tokens)
-                    samples.num_truncated += not is_whole
+                    answers.append(decode(ids[start:end]))
+                options = (args.max_new_tokens, eos, num_heads, temperature, 1, seeds[part])
+                done = generate(self.model, prompts, *options)
                 samples.prompts += prompts
                 samples.row_steps += done.row_steps
                 samples.new_tokens += done.new_tokens
+                for prompt, tokens, answer in zip(prompts, done.tokens, answers):
+                    is_whole = len(tokens) < args.max_new_tokens
+                    texts = decode(prompt, skip_special_tokens=True), decode(tokens), answer
+                    samples.rewards.append(reward(*texts, args.reward) if is_whole else 0.0)
+                    samples.tokens.append([*tokens, eos] if is_whole else tokens)
         self.model.train()
-        samples.reward_N = np.array(rewards)
         return samples
 
     def rollout(self, step):
@@ -349,52 +320,48 @@ class Sampler:
 
     def batches(self, samples, step, num_heads):
         """Micro-batches of prompt and completion, padded; controls change the rewards here."""
-        args, ranks, size = self.args, self.ranks, self.args.group_size
-        advantage_N, values = [], []
-        for first in range(0, len(samples.tokens), size):
-            group, place = slice(first, first + size), ranks.rank * len(samples.tokens) + first
-            reward_G = samples.reward_N[group]
-            if args.control != "none":
-                random = np.random.default_rng((args.seed, step, place, 2))
-                reward_G = random.choice(reward_G, size, replace=args.control == "random")
-            advantage_G, unit = advantages(reward_G, args.scale)
-            advantage_N += advantage_G.tolist()
-            is_tree = args.credit == "tree"
-            values += prefix_values(samples.tokens[group], reward_G / unit * is_tree)
-        pad, made = self.tokenizer.pad_token_id or 0, []
-        for first in range(0, len(samples.tokens), self.micro_batch_size):
-            part = range(first, first + self.micro_batch_size)
-            ends = [len(samples.prompts[n]) + len(samples.tokens[n]) for n in part]
-            x_BT = np.full((len(part), max(ends)), pad, np.int64)
-            document_BT, value_BT = np.full_like(x_BT, -1), np.zeros(x_BT.shape, np.float32)
-            for row, (n, end) in enumerate(zip(part, ends)):
-                x_BT[row, :end] = samples.prompts[n] + samples.tokens[n]
-                document_BT[row, :end] = 0
-                value_BT[row, len(samples.prompts[n]) - 1 : end] = values[n]
-            position_T = np.arange(x_BT.shape[1])
-            start_B = np.array([len(samples.prompts[n]) for n in part])
-            is_target_BT = (position_T >= start_B[:, None]) & (document_BT == 0)
-            targets_KBT = make_targets(x_BT, document_BT, is_target_BT, num_heads)
-            reward_B = samples.reward_N[part.start : part.stop].astype(np.float32)
-            advantage_B = np.array(advantage_N[part.start : part.stop], np.float32)
-            arrays = (x_BT, targets_KBT, np.zeros_like(is_target_BT), is_target_BT)
-            arrays += (reward_B, advantage_B, value_BT)
-            tensors = (torch.from_numpy(array).to(ranks.device) for array in arrays)
-            made.append(GroupBatch(np.array(part), *tensors))
+        args, ranks, size, tokens = self.args, self.ranks, self.args.group_size, samples.tokens
+        starts = [len(prompt) for prompt in samples.prompts]
+        ends = [start + len(own) for start, own in zip(starts, tokens)]
+        x_NT = np.full((len(ends), max(ends)), self.tokenizer.pad_token_id or 0, np.int64)
+        is_target_NT, advantage_N = np.zeros(x_NT.shape, bool), np.zeros(len(x_NT), np.float32)
+        value_NT, made = np.zeros(x_NT.shape, np.float32), []
+        for first in range(0, len(x_NT), size):
+            group = slice(first, first + size)
+            reward_G = np.array(samples.rewards[group])
+            if args.control == "shuffle":
+                key = (args.seed, step, ranks.rank * len(x_NT) + first, 2)
+                reward_G = np.random.default_rng(key).permutation(reward_G)
+            advantage_N[group], unit = advantages(reward_G, args.scale)
+            values = [0.0] * size
+            if args.credit == "tree":
+                values = prefix_values(tokens[group], reward_G / unit)
+            for n, value in enumerate(values, start=first):
+                x_NT[n, : ends[n]] = samples.prompts[n] + tokens[n]
+                is_target_NT[n, starts[n] : ends[n]] = True
+                value_NT[n, starts[n] - 1 : ends[n]] = value
+        for first in range(0, len(x_NT), self.micro_batch_size):
+            part = slice(first, first + self.micro_batch_size)
+            x_BT, is_target_BT = x_NT[part], is_target_NT[part]
+            targets_KBT = make_targets(x_BT, np.zeros_like(x_BT), is_target_BT, num_heads)
+            arrays = (x_BT, targets_KBT, advantage_N[part], value_NT[part])
+            made.append(GroupBatch(*(torch.from_numpy(a).to(ranks.device) for a in arrays)))
         return made
 
-    def metrics(self, samples):
-        """`grpo/..` of the completions of all ranks."""
-        reward_NG = samples.reward_N.reshape(-1, self.args.group_size)
-        figures = dict(reward_mean=reward_NG.sum(), reward_std=np.square(reward_NG).sum())
-        figures.update(length=sum(map(len, samples.tokens)), truncated=samples.num_truncated)
-        figures.update(mixed_groups=np.ptp(reward_NG, axis=1).astype(bool).sum())
-        numbers = [*figures.values(), samples.row_steps, samples.new_tokens]
-        *totals, row_steps, new_tokens = self.ranks.sum(torch.tensor(numbers).double()).tolist()
-        result = {name: total / self.args.batch_size for name, total in zip(figures, totals)}
-        result["reward_std"] = max(0.0, result["reward_std"] - result["reward_mean"] ** 2) ** 0.5
-        result["mixed_groups"] *= self.args.group_size
+    def metrics(self, samples, total, num_valid):
+        """`grpo/..` of the completions of all ranks, and of their tokens in the last pass."""
+        reward_NG = np.reshape(samples.rewards, (-1, self.args.group_size))
+        mixed = np.ptp(reward_NG, axis=1).astype(bool).sum() * self.args.group_size
+        truncated = sum(tokens[-1] != self.tokenizer.eos_token_id for tokens in samples.tokens)
+        numbers = [reward_NG.sum(), mixed, sum(map(len, samples.tokens)), truncated]
+        numbers = torch.tensor([*numbers, samples.row_steps, samples.new_tokens])
+        *totals, row_steps, new_tokens = self.ranks.sum(numbers.double()).tolist()
+        names = ("reward_mean", "mixed_groups", "length", "truncated")
+        result = {name: total / self.args.batch_size for name, total in zip(names, totals)}
         result["tokens_per_forward"] = new_tokens / max(1, row_steps)
+        result["clip_frac"] = total["clipped"] / num_valid
+        if self.args.beta > 0:
+            result["kl"] = total["kl"] / num_valid
         return {f"grpo/{name}": value for name, value in result.items()}
 
     def judge(self, step):
@@ -405,8 +372,7 @@ class Sampler:
         seeds, metrics = [(args.seed, int(number), 0, 3) for number in numbers], {}
         for name, temperature in (("eval/accuracy", 0), ("eval/reward", 1)):
             samples = self.draw(self.heldout, numbers, seeds, temperature)
-            reward_sum = ranks.sum(torch.tensor(samples.reward_N.sum())).item()
-            metrics[name] = reward_sum / count
+            metrics[name] = ranks.sum(torch.tensor(float(sum(samples.rewards)))).item() / count
         if step == 0 and metrics["eval/reward"] < 0.3:
             start = f"--model {args.model} has a sampled reward of {metrics['eval/reward']:.2f}"
             ranks.print(f"warning   {start}; starts below 0.3 did not learn: train it for longer")
@@ -463,9 +429,10 @@ def main(args):
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        num_heads = 1 if args.head_loss == "none" else args.num_heads
+        num_heads = active_heads(args.mtp_schedule, step, args.max_steps, args.num_heads)
 
         # ALGO LOGIC: the policy samples what it trains on
+        num_heads = 1 if args.head_loss == "none" else num_heads
         samples = sampler.rollout(step)
         batches = sampler.batches(samples, step, num_heads)
         rollout_s = time.perf_counter() - began
@@ -481,8 +448,10 @@ def main(args):
 
                 # ALGO LOGIC: the group's rewards weigh the targets; the start holds the policy
                 if batch.old_KBT is None:
-                    batch.old_KBT = loss_KBT.detach()
-                    batch.ref_BT = start_losses(reference, batch, ranks)
+                    batch.old_KBT, batch.ref_BT = loss_KBT.detach(), loss_KBT[0].detach()
+                    if reference:
+                        with ranks.autocast():
+                            batch.ref_BT = reference(batch.x_BT, batch.targets_KBT[:1])[0]
                 weight_KBT = token_weights(batch, args)
                 gain_KBT, stopped_KBT = gains(loss_KBT, batch.old_KBT, weight_KBT, args)
                 kl_BT = divergence(loss_KBT[0], batch.ref_BT)
@@ -490,7 +459,6 @@ def main(args):
                 objective = (args.beta * kl_BT.sum() - gain_KBT.sum()) / num_valid
                 objective.backward()
                 figures = dict(kl=kl_BT.sum(), clipped=stopped_KBT[0].sum())
-                figures["abs"] = weight_KBT[0].abs().sum()
                 sums.add(batch, loss_KBT, weight_KBT, objective=objective, **figures)
             grad_norm = clip_gradients(model, args.grad_clip)
 
@@ -506,14 +474,10 @@ def main(args):
         metrics["perf/tokens_per_s"] = num_valid.item() / seconds
 
         # ALGO LOGIC: figures of the last pass and of the completions
-        per_token = {name: sums.total[name] / num_valid.item() for name in figures}
-        metrics["weights/abs_mean"], metrics["grpo/clip_frac"] = per_token["abs"], per_token["clipped"]
-        metrics.update(sampler.metrics(samples))
+        del metrics["weights/ess_frac"]  # it says nothing of weights with signs
+        metrics.update(sampler.metrics(samples, sums.total, num_valid.item()))
         metrics["grpo/skipped"] = float(grad_norm == 0)
         metrics["perf/rollout_s"], metrics["perf/train_s"] = rollout_s, seconds - rollout_s
-        if reference is not None:
-            metrics["grpo/kl"] = per_token["kl"]
-
         run.log(step + 1, metrics)
         if step + 1 == args.max_steps:
             run.write_weights(batch, F.pad(weight_KBT[0, :, :-1], (1, 0)))
