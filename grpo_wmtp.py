@@ -11,7 +11,7 @@ whichever head predicts them (GRPO, https://arxiv.org/abs/2402.03300, eq. 3):
     r[t,k]   = exp(CE_old[t,k] - CE[t,k])                     1 in the first pass over a batch
     S[t,k]   = min(r w, clip(r, 1 - clip, 1 + clip_high) w)   w exp(-CE[t,k]) if w < 0 and k > 1
     KL[t]    = exp(d) - d - 1,  d = CE[t,1] - CE_ref[t,1]     to the start; never below 0
-    L        = 1/N * sum_t (beta m[t,1] KL[t] - sum_k m[t,k] c[k] S[t,k])
+    L        = 1/N * sum_t (beta m[t,1] KL[t] - sum_k m[t,k] c S[t,k])     c: --head-coef, if k > 1
 
 Where w >= 0 the first pass has the gradient of 1/N sum m w CE, the loss of the other scripts. Where
 w < 0, w CE has no bound. Head 1 no longer samples what it unlearned, so it stops by itself; heads
@@ -25,7 +25,6 @@ w < 0, w CE has no bound. Head 1 no longer samples what it unlearned, so it stop
     V[t]     value_BT       mean reward of the group's completions that begin with tokens 0..t
     w        weight_KBT     of head k's target: with `tree` for all tokens from t+1 to t+k
     CE_ref   ref_BT         of the start policy's head 1; CE_old: old_KBT, of the first pass
-    c[k]     --head-coef    1 for head 1
     lambda   --lambda       1: every sampled token weighs 1, no reward enters
     N        num_valid      sampled tokens of the update, ends included, over all ranks
 
@@ -65,6 +64,7 @@ START = "critic_wmtp.py --model benchmarks/sums.json --num-heads 3 --data sums -
 START += " --batch-size 64 --max-steps 1500 --lambda 1 --train-on all --run-dir runs/start"
 NEXT = "grpo_wmtp.py --model runs/start --num-heads 3 --data sums --seq-len 10"
 NEXT += " --batch-size 128 --lr 3e-4 --warmup-steps 5 --max-steps 200"
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
 
 @dataclass
@@ -118,7 +118,7 @@ class Args:
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.0  # share of equal weights, 0 to 1
     reward: Literal["answer", "expressions"] = "answer"
     """1 if a completion is the record's own; if its value is that of the prompt (`reward`)."""
-    group_size: int = 8  # completions of a prompt, at least 2; --batch-size counts completions
+    group_size: int = 8  # completions of a prompt (one alone has no advantage); all of one rank
     max_new_tokens: int = 8  # longest completion, its end included, tokens
     decode: Literal["heads", "plain"] = "heads"  # whether heads 2..H draft: faster, same texts
     credit: Literal["completion", "tree"] = "completion"  # weight of a token (see above)
@@ -134,15 +134,12 @@ class Args:
 
     def __post_init__(self):
         if is_fresh(self.model):
-            start = f"`{START}` trains one, then `{NEXT}`"
-            raise UsageError(f"--model {self.model}: name a trained start; {start}")
+            raise UsageError(f"--model {self.model}: name a start; `{START}`, then `{NEXT}`")
         check_run_args(self)
         if self.head_coef is None:
             self.head_coef = 0.1 if self.head_loss == "imitate" else 1.0
-        if self.group_size < 2:
-            raise UsageError(f"--group-size {self.group_size}: one has no advantage; at least 2")
-        check_ranges(self, lambda_=(0, 1), clip=(0, 1), noise_frac=(0, 0), clip_high=(0, 1e9))
-        check_ranges(self, **dict.fromkeys(["beta", "head_coef"], (0, 1e9)))
+        check_ranges(self, lambda_=(0, 1), clip=(0, 1), noise_frac=(0, 0), group_size=(2, 1e9))
+        check_ranges(self, **dict.fromkeys(["beta", "head_coef", "clip_high"], (0, 1e9)))
         check_ranges(self, **dict.fromkeys(["max_new_tokens", "updates_per_batch"], (1, 1e9)))
         if self.train == "heads" and self.head_loss == "none":
             raise UsageError("--train heads --head-loss none: nothing trains; change one of them")
@@ -153,18 +150,14 @@ def reward(prompt, completion, answer, rule):
     """Reward of a completion, 0 to 1. Replace this function for a task of your own.
 
     Rule `answer`: it is the completion of the record, of --data sums the right digits. Rule
-    `expressions`: its value is that of the prompt before "=", as after "7*8=" or "56=". Programs
-    with tests go here too: write `prompt + completion` and the tests to a file, run it in a sandbox
-    (evaluate.py has one; never run a sampled program without), and return the share of the tests
-    that pass. `answer` may hold the tests.
+    `expressions`: its value is that of the prompt before "=", as after "7*8=" or "56=". A reward by
+    tests goes here too: run `prompt + completion` and the tests in `answer` in a sandbox, never
+    without (evaluate.py has one), and return the share of the tests that pass.
     """
     if rule == "answer":
         return float(completion == answer)
     goal, own = expression_value(prompt.rstrip("= \n")), expression_value(completion)
     return float(goal is not None and goal == own)
-
-
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
 
 def expression_value(text):
@@ -291,11 +284,11 @@ class Sampler:
         with unsharded(self.model), self.ranks.autocast():
             for first in range(0, len(numbers), self.micro_batch_size):
                 part = slice(first, first + self.micro_batch_size)
-                columns, answers, prompts = rows[numbers[part]], [], []
-                for ids, is_target in zip(columns["input_ids"].tolist(), columns["is_target"]):
-                    start, *_, end = np.flatnonzero(is_target)
-                    prompts.append(ids[:start])
-                    answers.append(decode(ids[start:end]))
+                columns = rows[numbers[part]]
+                ends = [np.flatnonzero(row)[[0, -1]] for row in columns["is_target"]]
+                pairs = list(zip(columns["input_ids"].tolist(), ends))
+                prompts = [ids[:start] for ids, (start, _) in pairs]
+                answers = [decode(ids[start:end]) for ids, (start, end) in pairs]
                 options = (args.max_new_tokens, eos, num_heads, temperature, 1, seeds[part])
                 done = generate(self.model, prompts, *options)
                 samples.prompts += prompts
@@ -321,9 +314,8 @@ class Sampler:
     def batches(self, samples, step, num_heads):
         """Micro-batches of prompt and completion, padded; controls change the rewards here."""
         args, ranks, size, tokens = self.args, self.ranks, self.args.group_size, samples.tokens
-        starts = [len(prompt) for prompt in samples.prompts]
-        ends = [start + len(own) for start, own in zip(starts, tokens)]
-        x_NT = np.full((len(ends), max(ends)), self.tokenizer.pad_token_id or 0, np.int64)
+        width = max(map(len, samples.prompts)) + max(map(len, tokens))
+        x_NT = np.full((len(tokens), width), self.tokenizer.pad_token_id or 0, np.int64)
         is_target_NT, advantage_N = np.zeros(x_NT.shape, bool), np.zeros(len(x_NT), np.float32)
         value_NT, made = np.zeros(x_NT.shape, np.float32), []
         for first in range(0, len(x_NT), size):
@@ -337,9 +329,10 @@ class Sampler:
             if args.credit == "tree":
                 values = prefix_values(tokens[group], reward_G / unit)
             for n, value in enumerate(values, start=first):
-                x_NT[n, : ends[n]] = samples.prompts[n] + tokens[n]
-                is_target_NT[n, starts[n] : ends[n]] = True
-                value_NT[n, starts[n] - 1 : ends[n]] = value
+                start, row = len(samples.prompts[n]), samples.prompts[n] + tokens[n]
+                x_NT[n, : len(row)] = row
+                is_target_NT[n, start : len(row)] = True
+                value_NT[n, start - 1 : len(row)] = value
         for first in range(0, len(x_NT), self.micro_batch_size):
             part = slice(first, first + self.micro_batch_size)
             x_BT, is_target_BT = x_NT[part], is_target_NT[part]
