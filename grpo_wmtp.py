@@ -33,7 +33,7 @@ Deviations from the paper:
   2. Completions without an end within --max-new-tokens have reward 0.
 
 Commands:
-  laptop      python grpo_wmtp.py      prints two: a start, of right and wrong answers, and this
+  laptop      python grpo_wmtp.py    prints two: a start, and this; of one --seed (held-out sums)
   eight GPUs  torchrun --nproc-per-node 8 grpo_wmtp.py --model ... --data my.jsonl ...
 Results: README.md
 """
@@ -59,7 +59,6 @@ from common import make_targets, max_positions, micro_batch_rows, run_script, se
 from common import setup_ranks, shard, unsharded
 
 # Shapes: B sequences, T positions, K heads, G completions of a group, N completions of this rank.
-# Held-out sums are those of a seed: both stages need the same one.
 START = "critic_wmtp.py --model benchmarks/sums.json --num-heads 3 --data sums --seq-len 10"
 START += " --batch-size 64 --max-steps 1500 --lambda 1 --train-on all --run-dir runs/start"
 NEXT = "grpo_wmtp.py --model runs/start --num-heads 3 --data sums --seq-len 10"
@@ -230,13 +229,13 @@ def divergence(loss_BT, ref_BT):
 # -------------------------------------------------------------------------------------- rollouts
 @dataclass
 class Samples:
-    """Completions of this rank, N; those of one prompt are neighbours."""
+    """Completions of this rank, N lists; those of one prompt are neighbours."""
 
     prompts: list  # token ids before each completion
     tokens: list  # token ids of each completion, the end of sequence included
-    rewards: list
-    row_steps: int = 0  # decoding passes, counted once for each row in them
-    new_tokens: int = 0  # tokens from those passes
+    rewards: list  # of each, 0 to 1
+    row_steps: int = 0  # decoding passes, counted once for each row in them, and
+    new_tokens: int = 0  # the tokens from them
 
 
 @dataclass
@@ -263,8 +262,7 @@ class Sampler:
         self.micro_batch_size, self.args, self.ranks = micro_batch_size, args, ranks
         unit, longest = ranks.world_size * args.group_size, max_positions(model.causal_lm.config)
         if args.batch_size % unit:
-            reason = f"no multiple of {unit}, --group-size times ranks"
-            raise UsageError(f"--batch-size {args.batch_size}: {reason}")
+            raise UsageError(f"--batch-size {args.batch_size}: no multiple of {unit}, a group a rank")
         if args.seq_len + args.max_new_tokens > longest:
             sizes = f"and --seq-len {args.seq_len}: {longest} positions in --model at most"
             raise UsageError(f"--max-new-tokens {args.max_new_tokens} {sizes}")
@@ -313,7 +311,7 @@ class Sampler:
 
     def batches(self, samples, step, num_heads):
         """Micro-batches of prompt and completion, padded; controls change the rewards here."""
-        args, ranks, size, tokens = self.args, self.ranks, self.args.group_size, samples.tokens
+        args, ranks, tokens, size = self.args, self.ranks, samples.tokens, self.args.group_size
         width = max(map(len, samples.prompts)) + max(map(len, tokens))
         x_NT = np.full((len(tokens), width), self.tokenizer.pad_token_id or 0, np.int64)
         is_target_NT, advantage_N = np.zeros(x_NT.shape, bool), np.zeros(len(x_NT), np.float32)
@@ -429,7 +427,6 @@ def main(args):
         samples = sampler.rollout(step)
         batches = sampler.batches(samples, step, num_heads)
         rollout_s = time.perf_counter() - began
-
         count_K = ranks.sum(count_targets(batches))
         num_valid = count_K[0].clamp(min=1)
         for _ in range(args.updates_per_batch):
