@@ -262,7 +262,8 @@ class Sampler:
         self.micro_batch_size, self.args, self.ranks = micro_batch_size, args, ranks
         unit, longest = ranks.world_size * args.group_size, max_positions(model.causal_lm.config)
         if args.batch_size % unit:
-            raise UsageError(f"--batch-size {args.batch_size}: no multiple of {unit}, a group a rank")
+            reason = f"no multiple of {unit}, --group-size times ranks"
+            raise UsageError(f"--batch-size {args.batch_size}: {reason}")
         if args.seq_len + args.max_new_tokens > longest:
             sizes = f"and --seq-len {args.seq_len}: {longest} positions in --model at most"
             raise UsageError(f"--max-new-tokens {args.max_new_tokens} {sizes}")
@@ -445,7 +446,6 @@ def main(args):
                 weight_KBT = token_weights(batch, args)
                 gain_KBT, stopped_KBT = gains(loss_KBT, batch.old_KBT, weight_KBT, args)
                 kl_BT = divergence(loss_KBT[0], batch.ref_BT)
-
                 objective = (args.beta * kl_BT.sum() - gain_KBT.sum()) / num_valid
                 objective.backward()
                 figures = dict(kl=kl_BT.sum(), clipped=stopped_KBT[0].sum())
