@@ -245,7 +245,7 @@ class GroupBatch:
     x_BT: torch.Tensor
     targets_KBT: torch.Tensor
     advantage_B: torch.Tensor
-    value_BT: torch.Tensor  # V over the group's deviation; 0 with --credit completion
+    value_BT: torch.Tensor  # V over the deviation, in prompts the mean; 0 with --credit completion
     old_KBT: torch.Tensor = None  # CE of the first pass
     ref_BT: torch.Tensor = None  # CE of the start policy's head 1
 
@@ -324,14 +324,14 @@ class Sampler:
                 key = (args.seed, step, ranks.rank * len(x_NT) + first, 2)
                 reward_G = np.random.default_rng(key).permutation(reward_G)
             advantage_N[group], unit = advantages(reward_G, args.scale)
-            values = [0.0] * size
+            values = [[0.0]] * size
             if args.credit == "tree":
                 values = prefix_values(tokens[group], reward_G / unit)
             for n, value in enumerate(values, start=first):
                 start, row = len(samples.prompts[n]), samples.prompts[n] + tokens[n]
                 x_NT[n, : len(row)] = row
                 is_target_NT[n, start : len(row)] = True
-                value_NT[n, start - 1 : len(row)] = value
+                value_NT[n, : start - 1 + len(value)] = [*value[:1] * (start - 1), *value]
         for first in range(0, len(x_NT), self.micro_batch_size):
             part = slice(first, first + self.micro_batch_size)
             x_BT, is_target_BT = x_NT[part], is_target_NT[part]
