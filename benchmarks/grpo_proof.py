@@ -11,9 +11,8 @@ beat `rejection`, w = max(A, 0). `shuffle` stays within 0.03 of its start. `plai
 without drafts: the same reward, and rollouts that take longer by the clock.
 
 For each seed (it fixes the held-out sums too) a start trains on right and wrong answers alike; each
-arm goes on from it. Judged on held-out sums that no stage has seen: the share of right answers,
-greedy and sampled, before and after. Every run is the script, some with CHANGES, in a process of
-one thread. Seconds are those of all updates of a run.
+arm goes on from it. Judged on held-out sums: the share of right answers, greedy and sampled, before
+and after. Every run is the script, some with CHANGES, in a process of one thread.
 """
 
 import shutil
@@ -22,8 +21,7 @@ from pathlib import Path
 import numpy as np
 import tools
 
-START = {"lambda": 1, "train_on": "all", "lr": 3e-3, "batch_size": 64, "warmup_steps": 40}
-START["max_steps"] = 1500
+START = {"lambda": 1, "train_on": "all", "lr": 3e-3, "batch_size": 64, "max_steps": 1500}
 ARMS = {
     "completion": {},
     "tree": {"credit": "tree"},
@@ -46,10 +44,10 @@ def one_run(args, name, seed):
     out, label = Path(args.out), f"{name} {seed}"
     run_dir, changed = out / label, out / f"{name}.py"
     flags = dict(tools.PROOF_FLAGS, device=args.device, run_dir=run_dir, seed=seed, data="sums")
-    flags |= dict(num_heads=args.num_heads, seq_len=10)
+    flags |= dict(num_heads=args.num_heads, seq_len=10, warmup_steps=40)
     if name == "start":
-        script, model = "critic_wmtp.py", args.model or out / "config.json"
-        flags |= dict(START, model=model)
+        script = "critic_wmtp.py"
+        flags |= dict(START, model=args.model or out / "config.json")
     else:
         script = changed if changed.exists() else "grpo_wmtp.py"
         flags |= dict(model=out / f"start {seed}", batch_size=args.batch_size, lr=3e-4)
@@ -75,8 +73,7 @@ def figures_of(lines):
     judged = [line for line in lines if "eval/accuracy" in line]
     columns = {key: np.array([line[key] for line in updates]) for key in updates[0]}
     reward = columns["grpo/reward_mean"]
-    means = np.convolve(reward, np.ones(LAST) / LAST, "valid")
-    reached = np.flatnonzero(means >= 0.8)
+    reached = np.flatnonzero(np.convolve(reward, np.ones(LAST) / LAST, "valid") >= 0.8)
     figures = dict(reward_first=reward[:5].mean(), reward_last=reward[-LAST:].mean())
     figures["updates_to_0.8"] = reached[0] + LAST if len(reached) else np.nan
     for short, key in (("greedy", "eval/accuracy"), ("sampled", "eval/reward")):
@@ -84,7 +81,7 @@ def figures_of(lines):
     for short in ("kl", "mixed_groups", "tokens_per_forward"):
         figures[short] = columns[f"grpo/{short}"][-LAST:].mean()
     figures["tokens_per_forward_first"] = columns["grpo/tokens_per_forward"][:5].mean()
-    for short in ("rollout_s", "train_s"):
+    for short in ("rollout_s", "train_s"):  # of all updates
         figures[short] = columns[f"perf/{short}"].sum()
     return {name: float(value) for name, value in figures.items()}
 
