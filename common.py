@@ -307,13 +307,12 @@ def unsharded(model):
     It enters the decoder past the root's hooks, and takes other numbers of passes on each rank.
     """
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if modules:  # a pass through the root first: the module that runs first becomes the root
-        token_BT = torch.zeros(1, 2, dtype=torch.long, device=model.causal_lm.lm_head.weight.device)
-        with torch.no_grad():
-            model(token_BT, token_BT[None])
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
+    if modules:  # a pass of all heads makes them whole; the module that runs first is the root
+        token_BT = torch.zeros(1, 2, dtype=torch.long, device=model.causal_lm.lm_head.weight.device)
+        with torch.no_grad():
+            model(token_BT, token_BT.expand(len(model.heads.layers), 1, 2))
     yield
     for module in modules:
         module.set_reshard_after_forward(module is not model, recurse=False)
