@@ -289,6 +289,25 @@ def set_gradient_sync(model, sync):
             module.set_requires_gradient_sync(sync, recurse=False)
 
 
+@contextlib.contextmanager
+def unsharded(model):
+    """Every parameter whole on each rank: inside, `generate` needs no collective.
+
+    It enters the decoder past the root's hooks, and takes other numbers of passes on each rank.
+    """
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+    if modules:  # a pass of all heads makes them whole; the module that runs first is the root
+        token_BT = torch.zeros(1, 2, dtype=torch.long, device=model.causal_lm.lm_head.weight.device)
+        with torch.no_grad():
+            model(token_BT, token_BT.expand(len(model.heads.layers), 1, 2))
+    yield
+    for module in modules:
+        module.set_reshard_after_forward(module is not model, recurse=False)
+        module.reshard()
+
+
 def clip_gradients(model, limit):
     """Scale the gradient down to norm `limit` (0: off); returns its norm before, over all ranks."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
@@ -350,10 +369,14 @@ class Heads(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.active = len(layers)  # heads 1..active run
+        self.detached = False  # heads 2..H send no gradient to the trunk and the unembedding
 
     def forward(self, hidden_BTD, *args, **kwargs):
-        layers = list(self.layers)[: self.active]  # a slice of a ModuleList is a new module
-        return torch.cat([layer(hidden_BTD, *args, **kwargs) for layer in layers])
+        first, *others = list(self.layers)[: self.active]  # a slice of a ModuleList is a new module
+        outputs = [first(hidden_BTD, *args, **kwargs)]
+        if self.detached:
+            hidden_BTD = hidden_BTD.detach()
+        return torch.cat([*outputs, *(layer(hidden_BTD, *args, **kwargs) for layer in others)])
 
 
 class MTPModel(nn.Module):
@@ -419,11 +442,17 @@ class MTPModel(nn.Module):
         if torch.is_autocast_enabled(hidden_ND.device.type):
             half = torch.get_autocast_dtype(hidden_ND.device.type)
             hidden_ND, weight_VD = hidden_ND.to(half), weight_VD.to(half)
-        measured = (hidden_ND, weight_VD, targets_N, self.softcap)
         if also == "gradient":
-            loss_N, gradient_VD = unembedding_gradient(*measured)
+            loss_N, gradient_VD = unembedding_gradient(
+                hidden_ND, weight_VD, targets_N, self.softcap
+            )
             return loss_N.view(targets_KBT.shape).clone(), gradient_VD
-        values = token_losses(*measured, also)
+        own = targets_KBT[0].numel() if self.heads.detached else len(targets_N)
+        parts = [(hidden_ND[:own], weight_VD, targets_N[:own])]
+        if own < len(targets_N):
+            parts.append((hidden_ND[own:], weight_VD.detach(), targets_N[own:]))
+        values = [token_losses(*part, self.softcap, also) for part in parts]
+        values = [torch.cat(figures) for figures in zip(*values)]
         values = [v.view(targets_KBT.shape).clone() for v in values]  # FSDP2 takes no views
         if not weight_VD.requires_grad:  # head 1 does not train, so no product of it goes backward
             values[0] = torch.cat([values[0][:1].detach(), values[0][1:]])
@@ -1488,6 +1517,9 @@ MAY_CHANGE = "run_dir tracker device recompute compile eval_every eval_rows save
 SHOWN = {  # metrics on the screen and their labels
     "train/loss": "loss", "value/loss": "loss", "weights/ess_frac": "ess",
     "train/grad_norm": "gnorm", "perf/tokens_per_s": "tok/s",
+    "grpo/reward_mean": "reward", "grpo/mixed_groups": "mixed", "grpo/kl": "kl",
+    "grpo/tokens_per_forward": "tokens a pass",
+    "eval/accuracy": "held-out greedy", "eval/reward": "sampled",
     "eval/bits_per_byte": "held-out bits per byte",
 }  # fmt: skip
 

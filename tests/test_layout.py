@@ -13,18 +13,20 @@ import pytest
 import baseline_mtp
 import critic_wmtp
 import grad_wmtp
+import grpo_wmtp
 import rho1_wmtp
 
 ROOT = Path(__file__).parents[1]
 CEILINGS = {"baseline_mtp.py": 250, "rho1_wmtp.py": 410, "critic_wmtp.py": 560}  # lines
-CEILINGS.update({"grad_wmtp.py": 380, "evaluate.py": 950, "common.py": 2287, "README.md": 250})
+CEILINGS.update({"grad_wmtp.py": 380, "grpo_wmtp.py": 480, "evaluate.py": 950})
+CEILINGS.update({"common.py": 2320, "README.md": 250})
 OTHERS = ".ci .gitignore LICENSE benchmarks pyproject.toml requirements.txt tests".split()
 
 
 def test_the_top_level_is_this_list():
     ignored = (ROOT / ".gitignore").read_text().replace("/", "").split()
     names = {p.name for p in ROOT.iterdir()} - {".git", *ignored}
-    assert names - {"grpo_wmtp.py", "hybrid_wmtp.py"} == {*CEILINGS, *OTHERS}
+    assert names - {"hybrid_wmtp.py"} == {*CEILINGS, *OTHERS}
 
 
 def test_no_file_is_longer_than_its_ceiling_and_no_line_than_100_columns():
@@ -51,12 +53,19 @@ def shared_arguments(script):
     return re.sub(r"    data: str = .*\n.*\n", "", text)
 
 
-@pytest.mark.parametrize("script, limit", [(rho1_wmtp, 16), (grad_wmtp, 16), (critic_wmtp, 20)])
+LIMITS = [(rho1_wmtp, 16), (grad_wmtp, 16), (critic_wmtp, 20), (grpo_wmtp, 40)]
+
+
+@pytest.mark.parametrize("script, limit", LIMITS)
 def test_only_the_algorithm_differs_from_the_baseline(script, limit):
-    """Shared arguments are equal word for word; `main` has few lines of its own."""
+    """Shared arguments are equal word for word; `main` has few lines of its own.
+
+    Indentation does not count: grpo makes several passes over a batch.
+    """
     assert shared_arguments(script) == shared_arguments(baseline_mtp)
-    mains = [inspect.getsource(module.main).splitlines() for module in (baseline_mtp, script)]
-    lines = [line for line in difflib.ndiff(*mains) if line[2:].strip()]
+    sources = [inspect.getsource(module.main) for module in (baseline_mtp, script)]
+    mains = [[line.strip() for line in source.splitlines()] for source in sources]
+    lines = [line for line in difflib.ndiff(*mains) if line[2:]]
     assert 5 < sum(line[0] == "+" for line in lines) <= limit, lines
 
 
@@ -69,7 +78,7 @@ def test_the_flags_stand_in_the_order_of_the_contract():
             seq_len noise_frac noise_by batch_size micro_batch_size lr heads_lr warmup_steps
             max_steps weight_decay grad_clip dtype compile recompute eval_every eval_rows
             save_every keep_last checkpoint_dir""".split()
-    for script in (baseline_mtp, rho1_wmtp, grad_wmtp, critic_wmtp):
+    for script in (baseline_mtp, rho1_wmtp, grad_wmtp, critic_wmtp, grpo_wmtp):
         names = [field.name for field in dataclasses.fields(script.Args)]
         assert names[: len(flags)] == flags
         assert script.Args.mtp_schedule == "constant"  # all heads in every update, as in the paper
