@@ -149,10 +149,9 @@ class Args:
 def reward(prompt, completion, answer, rule):
     """Reward of a completion, 0 to 1. Replace this function for a task of your own.
 
-    Rule `answer`: it is the completion of the record, of --data sums the right digits. Rule
-    `expressions`: its value is that of the prompt before "=", as after "7*8=" or "56=". A reward by
-    tests goes here too: run `prompt + completion` and the tests in `answer` in a sandbox, such as
-    that of evaluate.py, and return the share of the tests that pass.
+    Rule `answer`: it is the completion of the record. Rule `expressions`: its value is that of the
+    prompt before "=", as after "7*8=" or "56=". A reward by tests goes here too: run `prompt +
+    completion` and the tests in `answer` in a sandbox, such as that of evaluate.py.
     """
     if rule == "answer":
         return float(completion == answer)
