@@ -2,7 +2,7 @@
 
 Stage 1 learns V[t], the probability that a completion which begins with tokens 0..t turns out
 correct, from records with an outcome R. Stage 2 follows by itself. It trains the heads (2404.19737)
-on right and wrong records, with less weight on tokens at which V falls:
+on the correct records (`ratio`: on all), with less weight on tokens at which V falls:
 
     BCE      = -R log V[t] - (1 - R) log(1 - V[t])      stage 1, mean over every prefix
     s[j]     = z[j+2] - z[j-3], less its mean over the record     --weights window; z = log odds V
@@ -123,11 +123,14 @@ class Args:
     pair_coef: float = 1.0  # share in stage 1 of the loss of pairs of both outcomes; 0: no pairs
     value_head: str = ""  # file value_head.safetensors of another run, instead of stage 1
     reward_model: str = ""  # Hugging Face sequence classifier that scores records without a reward
-    train_on: Literal["correct", "all"] = "all"  # records to imitate; V learns from all
+    train_on: Literal["correct", "all"] | None = None
+    """Records that are imitated; None: correct ones, for the ratio all. V learns from all."""
     control: Literal["none", "shuffle", "random"] = "none"  # u permuted in a record, drawn anew
 
     def __post_init__(self):
         check_run_args(self)
+        if self.train_on is None:
+            self.train_on = "all" if self.weights == "ratio" else "correct"
         check_ranges(self, lambda_=(0, 1), epsilon=(0, 1), gae_lambda=(0, 1), max_weight=(1, 1e9))
         names = "strength value_steps value_lr value_coef pair_coef"
         check_ranges(self, value_batches=(1, 1e9), **dict.fromkeys(names.split(), (0, 1e9)))

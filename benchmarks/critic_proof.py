@@ -24,20 +24,22 @@ import tools
 from common import IGNORE, Ranks, build_model, generate, imitate_all, load_data
 from critic_wmtp import siblings
 
-EQUAL, RATIO = {"lambda": 1, "value_head": None}, {"weights": "ratio"}
+ALL, CORRECT, SHUFFLED = {"train_on": "all"}, {"train_on": "correct"}, {"control": "shuffle"}
+EQUAL, RATIO = {"lambda": 1, "value_head": None}, {"weights": "ratio"} | ALL
 ARMS = {
-    "equal_correct": EQUAL | {"train_on": "correct"},
-    "equal_all": EQUAL,
-    "window": {},
-    "window_shuffled": {"control": "shuffle"},
+    "equal_correct": EQUAL | CORRECT,
+    "equal_all": EQUAL | ALL,
+    "window": ALL,
+    "window_shuffled": ALL | SHUFFLED,
     "ratio": RATIO,
-    "ratio_shuffled": RATIO | {"control": "shuffle"},
+    "ratio_shuffled": RATIO | SHUFFLED,
     "ratio_8": RATIO | {"strength": 8},
-    "advantage": {"weights": "advantage"},
-    "oracle": {"epsilon": 0, "strength": 10},  # 0 on known faults
-    "window_correct": {"train_on": "correct"},
+    "advantage": {"weights": "advantage"} | ALL,
+    "oracle": {"epsilon": 0, "strength": 10} | ALL,  # 0 on known faults
+    "window_correct": CORRECT,
+    "window_correct_shuffled": CORRECT | SHUFFLED,  # added after the claim was judged
 }
-PARTS = dict.fromkeys(["no_smoothing", "no_gate", "no_centring", "mlp"], {})  # the window without
+PARTS = dict.fromkeys(["no_smoothing", "no_gate", "no_centring", "mlp"], ALL)  # the window without
 PARTS["ratio_8_gate"] = RATIO | {"strength": 8, "max_weight": 1}
 CHANGES = [  # arm, and lines of critic_wmtp.py before and after
     ("oracle", "= window_scores(logit_BT, target_BT)", "= -batch.is_noise_BT.float()"),
@@ -49,7 +51,7 @@ CHANGES = [  # arm, and lines of critic_wmtp.py before and after
 ]
 TASKS = {
     "bugs": dict(batch_size=8, steps=200, base_steps=500, value_steps=400, arms=list(ARMS)),
-    "sums": dict(batch_size=64, steps=800, base_steps=800, value_steps=1000),
+    "sums": dict(batch_size=64, steps=800, base_steps=800, value_steps=1500),
 }
 TASKS["sums"]["arms"] = ["equal_correct", "equal_all", "ratio"]
 

@@ -303,7 +303,7 @@ KINDS = ["separate", "frozen"]
 def small_critic(folder, kind):
     torch.manual_seed(0)
     model, _ = build_model(str(folder / "config.json"), 3)
-    critic = critic_wmtp.Critic(model, critic_wmtp.Args(value=kind), Ranks())
+    critic = critic_wmtp.Critic(model, critic_wmtp.Args(value=kind, train_on="all"), Ranks())
     for name, parameter in critic.value.named_parameters():
         if not name.startswith("trunk"):  # as if it had learnt something
             torch.nn.init.normal_(parameter, std=0.3)
@@ -370,16 +370,18 @@ def test_judgement_by_hand():
 
 
 # ------------------------------------------------------------------------------------ whole runs
-RUNS = [dict(), dict(weights="ratio", value="frozen", control="random", max_weight=1.5)]
+RATIO = dict(weights="ratio", value="frozen", control="random", max_weight=1.5)
+RUNS = [dict(), RATIO | dict(train_on="correct")]
 
 
 @pytest.mark.parametrize("changes", RUNS, ids=str)
 def test_lambda_1_is_the_baseline_to_the_last_bit(critic, tmp_path, changes):
-    changes = changes | dict(lambda_=1.0, train_on="correct")
+    changes = changes | dict(lambda_=1.0)
     assert run_critic(critic, tmp_path / "run", **changes) == 0
     assert training_of(tmp_path / "run") == metrics_of(critic / "baseline")
     assert same_tensors(weights_of(tmp_path / "run"), weights_of(critic / "baseline"))
     assert training_of(critic / "weighted") != metrics_of(critic / "baseline")
+    assert critic_wmtp.Args(weights="ratio").train_on == "all"  # it is exact on all records
 
 
 def same_output(one, other):
