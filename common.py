@@ -158,8 +158,8 @@ def check_run_args(args):
     """
     fresh = is_fresh(args.model)
     if args.train == "heads" and (fresh or args.num_heads < 2):
-        given = f"--model {args.model} --num-heads {args.num_heads}"
-        raise UsageError(f"--train heads: {given}; needs a model with weights and 2 heads or more")
+        flags = f"--model {args.model} --num-heads {args.num_heads}"
+        raise UsageError(f"--train heads: {flags}; needs a model with weights and 2 heads or more")
     if args.lr is None:
         args.lr = 3e-3 if fresh else 1e-5
     if args.heads_lr is None:
@@ -1055,8 +1055,8 @@ def _read_documents(name, tokenizer):
                 with errors_as(f"--data {file}: cannot be read"):
                     for number, row in enumerate(rows, start=1):
                         with errors_as(f"--data {file}: row {number}: cannot be read"):
-                            made = _documents_of_row(row, tokenizer)
-                        yield from (DOCUMENT | document for document in made)
+                            parsed = _documents_of_row(row, tokenizer)
+                        yield from (DOCUMENT | document for document in parsed)
 
         rules = [Path(__file__).read_text(), sys.version, tokenizer.chat_template]
         key = digest([name, content, rules])
@@ -1547,8 +1547,8 @@ class Run:
         self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
         flag = f"--run-dir {self.folder}"
         with ranks.rank_0_first() as is_first, errors_as(f"{flag}: cannot be read or written"):
-            found = self._open(flag) if is_first else None
-        self.finished, products = ranks.broadcast(found)
+            state = self._open(flag) if is_first else None
+        self.finished, products = ranks.broadcast(state)
         if products:  # --device may have changed since
             ranks.dtype = getattr(torch, products)
         if self.finished:

@@ -316,7 +316,7 @@ class Sampler:
         width = max(map(len, samples.prompts)) + max(map(len, tokens))
         x_NT = np.full((len(tokens), width), self.tokenizer.pad_token_id or 0, np.int64)
         is_target_NT, advantage_N = np.zeros(x_NT.shape, bool), np.zeros(len(x_NT), np.float32)
-        value_NT, made = np.zeros(x_NT.shape, np.float32), []
+        value_NT, batches = np.zeros(x_NT.shape, np.float32), []
         for first in range(0, len(x_NT), size):
             group = slice(first, first + size)
             reward_G = np.array(samples.rewards[group])
@@ -337,8 +337,8 @@ class Sampler:
             x_BT, is_target_BT = x_NT[part], is_target_NT[part]
             targets_KBT = make_targets(x_BT, np.zeros_like(x_BT), is_target_BT, num_heads)
             arrays = (x_BT, targets_KBT, advantage_N[part], value_NT[part])
-            made.append(GroupBatch(*(torch.from_numpy(a).to(ranks.device) for a in arrays)))
-        return made
+            batches.append(GroupBatch(*(torch.from_numpy(a).to(ranks.device) for a in arrays)))
+        return batches
 
     def metrics(self, samples, total, num_valid):
         """`grpo/..` of the completions of all ranks, and of their tokens in the last pass."""
