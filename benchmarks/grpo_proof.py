@@ -100,10 +100,11 @@ def main():
     rows = []
     for name in args.arms:
         own = [result["figures"] for result in results if result["name"] == name]
-        rows.append([name, *(tools.mean_and_sd([run[key] for run in own]) for key in own[0])])
+        values = [[run[key] for run in own] for key in own[0]]
+        rows.append([name, *([np.mean(v), np.std(v, ddof=len(v) > 1)] for v in values)])
     record = dict(command=tools.command(), **tools.machine(args.device), settings=settings)
     tools.write_json(out / "grpo_proof.json", {**record, "rows": rows, "results": results})
-    cells = [[name, *(tools.with_sd(*value, 3) for value in row)] for name, *row in rows]
+    cells = [[name, *(f"{mean:.3f} ({sd:.3f})" for mean, sd in row)] for name, *row in rows]
     tools.print_table(["arm", *results[0]["figures"]], cells)
 
 
