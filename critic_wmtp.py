@@ -2,7 +2,7 @@
 
 Stage 1 learns V[t], the probability that a completion which begins with tokens 0..t turns out
 correct, from records with an outcome R. Stage 2 follows by itself. It trains the heads (2404.19737)
-on the correct records (`ratio`: on all), with less weight on tokens at which V falls:
+on the correct records (or on all), with less weight on tokens at which V falls:
 
     BCE      = -R log V[t] - (1 - R) log(1 - V[t])      stage 1, mean over every prefix
     s[j]     = z[j+2] - z[j-3], less its mean over the record     --weights window; z = log odds V
@@ -110,8 +110,8 @@ class Args:
 
     # Algorithm specific arguments
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.0  # share of equal weights, 0 to 1
-    weights: Literal["window", "ratio", "advantage"] = "window"  # by log odds; exact; by GAE
-    strength: float = 1.0  # exponent of u; 0: equal weights; 1: the ratio is exact
+    weights: Literal["ratio", "window", "advantage"] = "ratio"  # of V; by log odds; by GAE
+    strength: float | None = None  # exponent of u; None: 8 for the ratio, 1 for the others; 0: none
     epsilon: float = 0.05  # least u, before the division by the mean
     max_weight: float = 3.0  # largest u of the ratio
     gae_lambda: float = 0.95  # of the advantage; 0: a token's own step of V; 1: of all that follow
@@ -123,14 +123,13 @@ class Args:
     pair_coef: float = 1.0  # share in stage 1 of the loss of pairs of both outcomes; 0: no pairs
     value_head: str = ""  # file value_head.safetensors of another run, instead of stage 1
     reward_model: str = ""  # Hugging Face sequence classifier that scores records without a reward
-    train_on: Literal["correct", "all"] | None = None
-    """Records that are imitated; None: correct ones, for the ratio all. V learns from all."""
+    train_on: Literal["correct", "all"] = "correct"  # records to imitate; V learns from all
     control: Literal["none", "shuffle", "random"] = "none"  # u permuted in a record, drawn anew
 
     def __post_init__(self):
         check_run_args(self)
-        if self.train_on is None:
-            self.train_on = "all" if self.weights == "ratio" else "correct"
+        if self.strength is None:
+            self.strength = 8.0 if self.weights == "ratio" else 1.0
         check_ranges(self, lambda_=(0, 1), epsilon=(0, 1), gae_lambda=(0, 1), max_weight=(1, 1e9))
         names = "strength value_steps value_lr value_coef pair_coef"
         check_ranges(self, value_batches=(1, 1e9), **dict.fromkeys(names.split(), (0, 1e9)))

@@ -25,22 +25,27 @@ from common import IGNORE, Ranks, build_model, generate, imitate_all, load_data
 from critic_wmtp import siblings
 
 ALL, CORRECT, SHUFFLED = {"train_on": "all"}, {"train_on": "correct"}, {"control": "shuffle"}
-EQUAL, RATIO = {"lambda": 1, "value_head": None}, {"weights": "ratio"} | ALL
+EQUAL, RATIO = {"lambda": 1, "value_head": None}, {"weights": "ratio", "strength": 1}
+WINDOW = {"weights": "window"}
 ARMS = {
     "equal_correct": EQUAL | CORRECT,
     "equal_all": EQUAL | ALL,
-    "window": ALL,
-    "window_shuffled": ALL | SHUFFLED,
-    "ratio": RATIO,
-    "ratio_shuffled": RATIO | SHUFFLED,
-    "ratio_8": RATIO | {"strength": 8},
+    "window": WINDOW | ALL,
+    "window_shuffled": WINDOW | ALL | SHUFFLED,
+    "ratio": RATIO | ALL,
+    "ratio_shuffled": RATIO | ALL | SHUFFLED,
+    "ratio_8": RATIO | ALL | {"strength": 8},
     "advantage": {"weights": "advantage"} | ALL,
-    "oracle": {"epsilon": 0, "strength": 10} | ALL,  # 0 on known faults
-    "window_correct": CORRECT,
-    "window_correct_shuffled": CORRECT | SHUFFLED,  # added after the claim was judged
+    "oracle": WINDOW | ALL | {"epsilon": 0, "strength": 10},  # 0 on known faults
+    "window_correct": WINDOW | CORRECT,
+    # Added after the claim was judged
+    "window_correct_shuffled": WINDOW | CORRECT | SHUFFLED,
+    "ratio_8_correct": RATIO | CORRECT | {"strength": 8},
+    "ratio_8_correct_shuffled": RATIO | CORRECT | SHUFFLED | {"strength": 8},
 }
-PARTS = dict.fromkeys(["no_smoothing", "no_gate", "no_centring", "mlp"], ALL)  # the window without
-PARTS["ratio_8_gate"] = RATIO | {"strength": 8, "max_weight": 1}
+WITHOUT = ["no_smoothing", "no_gate", "no_centring", "mlp"]  # parts of the window
+PARTS = dict.fromkeys(WITHOUT, WINDOW | ALL)
+PARTS["ratio_8_gate"] = RATIO | ALL | {"strength": 8, "max_weight": 1}
 CHANGES = [  # arm, and lines of critic_wmtp.py before and after
     ("oracle", "= window_scores(logit_BT, target_BT)", "= -batch.is_noise_BT.float()"),
     ("no_smoothing", "target_BT, reach=2", "target_BT, reach=0"),
