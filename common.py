@@ -39,6 +39,7 @@ from pathlib import Path
 
 import datasets
 import filelock
+import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow.parquet
@@ -499,7 +500,7 @@ def whiten(score_N, moments, decay=0.99):
 def control_weights(u_N, control, key, row_N=None):
     """Weights without information: `shuffle` permutes u (within rows `row_N`), `random` draws anew.
 
-    `key` seeds the draw; the mean stays 1.
+    `key` seeds the draw; the mean stays.
     """
     if control == "none" or len(u_N) == 0:
         return u_N
@@ -508,8 +509,8 @@ def control_weights(u_N, control, key, row_N=None):
         rows = np.zeros(N) if row_N is None else row_N.cpu().numpy()
         order = np.lexsort((random_numbers.random(N), rows))
         return u_N[torch.from_numpy(order).to(u_N.device)]
-    u_N = u_N[torch.from_numpy(random_numbers.integers(0, N, N)).to(u_N.device)]
-    return u_N / u_N.mean() if u_N.any() else torch.ones_like(u_N)
+    drawn_N = u_N[torch.from_numpy(random_numbers.integers(0, N, N)).to(u_N.device)]
+    return drawn_N * (u_N.mean() / drawn_N.mean()) if drawn_N.any() else torch.ones_like(u_N)
 
 
 def active_heads(schedule, step, max_steps, num_heads):
@@ -1329,8 +1330,8 @@ def _pack(documents, is_packed, tokenizer, seq_len, noise):
         return dict(zip(columns, tokens_4N[:, :whole].reshape(4, -1, seq_len)))
 
     rules = [inspect.getsource(rule) for rule in (_pack, _tokens, encode, encode_spans, _pieces)]
-    made_of = [_tokenizer_fingerprint(tokenizer), documents.to_dict("list"), is_packed, seq_len]
-    key = digest([rules, made_of, noise if noise[0] else 0])
+    inputs = [_tokenizer_fingerprint(tokenizer), documents.to_dict("list"), is_packed, seq_len]
+    key = digest([rules, inputs, noise if noise[0] else 0])
     features = {c: datasets.List(datasets.Value(t), length=seq_len) for c, t in columns.items()}
     options = dict(with_indices=True, batched=True, batch_size=256, new_fingerprint=key)
     options.update(features=datasets.Features(features), remove_columns=[*documents])
@@ -1958,6 +1959,9 @@ class Checkpoints:
     def __init__(self, folder, identity, keep_last, ranks):
         self.identity, self.keep_last, self.ranks, self.pending = identity, keep_last, ranks, None
         self.folder, self.flag = str(folder), f"--checkpoint-dir {folder}"
+        # A store that stalls ends a save after 8 minutes, not 20: s3fs tries five times, so
+        # botocore need not. The environment variable FSSPEC_S3 replaces this.
+        fsspec.config.conf.setdefault("s3", {"config_kwargs": {"retries": {"max_attempts": 1}}})
         with errors_as(f"{self.flag}: no store that can be used"):
             self.fs, self.root = file_system(self.folder)
         self.is_local = isinstance(self.fs, LocalFileSystem)
@@ -2105,12 +2109,18 @@ def load_checkpoints(run_dir, args, step):
     partial = dcp.DefaultLoadPlanner(allow_partial_load=True)  # what did not train is not in it
     for number in steps if step == "all" else [int(step)]:
         reader = checkpoints.storage(steps[number], dcp.FileSystemReader, FsspecReader)
+        held = reader.read_metadata().state_dict_metadata.keys()
+        if held.isdisjoint(f"model.{name}" for name in state | critic):
+            raise UsageError(f"--step {number}: {steps[number]} holds no weight of this model")
         dcp.load({"model": state | critic}, storage_reader=reader, planner=partial)
         yield number, model, tokenizer
 
 
 def named_state(model, optimizer):
     """Parameters that train and their optimizer state, by the names of the parameters."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a pass without gradient leaves the root's parameters whole
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     moments = {name: optimizer.state[p] for name, p in parameters.items()}
     return {"model": {n: p.detach() for n, p in parameters.items()}, "optimizer": moments}

@@ -262,7 +262,10 @@ class Value(nn.Module):
                 embedded.append(self.spans[len(embedded)](hash_BT % self.BUCKETS))
         states_BTD = self.norm(trunk_BTD + self.mix(torch.cat(embedded, -1)))
         evidence_BT = self.outer(F.gelu(self.inner(states_BTD))).float().squeeze(-1)
-        return (evidence_BT * prefix_BT).cumsum(1)
+        logit_BT = (evidence_BT * prefix_BT).cumsum(1)
+        first_B1 = prefix_BT.int().argmax(1, keepdim=True)  # inside the prompt V is that of its end
+        is_before_BT = torch.arange(x_BT.shape[1], device=x_BT.device) < first_B1
+        return torch.where(is_before_BT, logit_BT.gather(1, first_B1), logit_BT)
 
 
 class Critic(nn.Module):
@@ -432,11 +435,10 @@ def judge_value(critic, data, micro_batch_size, ranks):
     for batch in heldout_batches(data.heldout, micro_batch_size, 1, ranks):
         value_BT = critic.logits(batch, run_policy=True).sigmoid()
         values.append(ranks.gather(value_BT).flatten(0, 1).cpu())
-    critic.train()
     figures = judge(torch.cat(values)[: len(data.heldout)].double().numpy(), data.heldout)
     ranks.print("value     held-out: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
     if not figures["auc"] > max(0.5, figures["auc_position"]):
-        ranks.print("warning   V tells the outcome no better than the position: weights are noise")
+        ranks.print("warning   V predicts the outcome no better than the length: weights are noise")
     return {f"value/{key}": figure for key, figure in figures.items()}
 
 

@@ -125,7 +125,7 @@ class Args:
         if self.train == "heads":
             raise UsageError("--train heads: the unembedding must train; use --train all")
         if not self.target:
-            example = "grad_wmtp.py --data stdlib:a --noise-frac 0.3 --target stdlib:b"
+            example = "python grad_wmtp.py --data stdlib:a --noise-frac 0.3 --target stdlib:b"
             raise UsageError(f"--target: name clean text, such as `{example}`")
 
 

@@ -59,10 +59,10 @@ from common import make_targets, max_positions, micro_batch_rows, run_script, se
 from common import setup_ranks, shard, unsharded
 
 # Shapes: B sequences, T positions, K heads, G completions of a group, N completions of this rank.
-START = "critic_wmtp.py --model benchmarks/sums.json --num-heads 3 --data sums --seq-len 10"
+START = "python critic_wmtp.py --model benchmarks/sums.json --num-heads 3 --data sums --seq-len 10"
 START += " --batch-size 64 --max-steps 1500 --lambda 1 --train-on all --run-dir runs/start"
-NEXT = "grpo_wmtp.py --model runs/start --num-heads 3 --data sums --seq-len 10"
-NEXT += " --batch-size 128 --lr 3e-4 --warmup-steps 5 --max-steps 200"
+NEXT = "python grpo_wmtp.py --model runs/start --num-heads 3 --data sums --seq-len 10"
+NEXT += " --batch-size 128 --group-size 8 --lr 3e-4 --warmup-steps 5 --max-steps 200"
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
 
@@ -118,9 +118,9 @@ class Args:
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.0  # share of equal weights, 0 to 1
     reward: Literal["answer", "expressions"] = "answer"
     """1 if a completion is the record's own; if its value is that of the prompt (`reward`)."""
-    group_size: int = 8  # completions of a prompt (one alone has no advantage); all of one rank
+    group_size: int = 4  # completions of a prompt (one alone has no advantage); all of one rank
     max_new_tokens: int = 8  # longest completion, its end included, tokens
-    decode: Literal["heads", "plain"] = "heads"  # whether heads 2..H draft: faster, same texts
+    decode: Literal["heads", "plain"] = "heads"  # heads 2..H draft: faster, exact
     credit: Literal["completion", "tree"] = "completion"  # weight of a token (see above)
     scale: Literal["group", "none"] = "group"  # divide by the group's deviation, or do not
     clip: float = 0.2  # how far below 1 the ratio of probabilities still counts
@@ -267,7 +267,7 @@ class Sampler:
         if args.seq_len + args.max_new_tokens > longest:
             sizes = f"and --seq-len {args.seq_len}: {longest} positions in --model at most"
             raise UsageError(f"--max-new-tokens {args.max_new_tokens} {sizes}")
-        if data.train[0]["is_target"][0]:
+        if any(rows["is_target"][:, 0].any() for rows in (data.train[:], data.heldout[:])):
             raise UsageError(f"--data {args.data}: holds no prompts; needs prompt and completion")
         heldout = data.heldout
         if "reward" in heldout.column_names:  # each prompt with its right answer
@@ -367,7 +367,7 @@ class Sampler:
             metrics[name] = ranks.sum(torch.tensor(float(sum(samples.rewards)))).item() / count
         if step == 0 and metrics["eval/reward"] < 0.3:
             start = f"--model {args.model} has a sampled reward of {metrics['eval/reward']:.2f}"
-            ranks.print(f"warning   {start}; starts below 0.3 did not learn: train it for longer")
+            ranks.print(f"warning   {start}; below 0.3 runs did not learn: train it for longer")
         return metrics
 
 

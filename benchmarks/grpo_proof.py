@@ -50,6 +50,7 @@ def one_run(args, name, seed):
     else:
         script = changed if changed.exists() else "grpo_wmtp.py"
         flags |= dict(model=out / f"start {seed}", batch_size=args.batch_size, lr=3e-4)
+        flags["group_size"] = 8
         flags |= dict(warmup_steps=5, max_steps=args.steps) | ARMS[name]
 
     def work():

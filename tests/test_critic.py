@@ -235,8 +235,8 @@ def test_a_fault_gets_the_smallest_weight_and_without_a_change_of_V_all_weigh_1(
             assert weight_BT[b, fault] <= weight_BT[b].min() + 1e-6 < others.min()
     if form != "advantage":  # which knows the outcome, at the last token
         assert (token_weights(torch.full_like(value_BT, 0.3), batch, weights=form) == 1).all()
-        told = dataclasses.replace(batch, reward_B=torch.ones(10))
-        assert torch.equal(weight_BT, token_weights(value_BT, told, weights=form))
+        other = dataclasses.replace(batch, reward_B=torch.ones(10))
+        assert torch.equal(weight_BT, token_weights(value_BT, other, weights=form))
 
 
 def test_losses_of_the_value_by_hand_and_what_they_leave_out(critic):
@@ -346,13 +346,13 @@ def test_the_logit_is_a_running_sum_of_evidence_on_the_trunk_of_the_policy(criti
     sums_BT = module.value(batch.x_BT, trunk_BTD, torch.ones_like(batch.x_BT))
     evidence_BT = torch.diff(sums_BT, prepend=torch.zeros(len(sums_BT), 1))
     expected_BT = torch.zeros_like(evidence_BT)
-    for b, t in np.ndindex(*expected_BT.shape):  # from the last token of the prompt on
-        counted = [i for i in range(t + 1) if prefixes(batch)[b, i]]
-        expected_BT[b, t] = sum(evidence_BT[b, i] for i in counted)
+    for b, t in np.ndindex(*expected_BT.shape):  # before the prompt's last token as at that token
+        ends = prefixes(batch)[b].nonzero()[:, 0].tolist()
+        expected_BT[b, t] = sum(evidence_BT[b, i] for i in ends if i <= max(t, ends[0]))
     logit_BT = module.logits(batch, run_policy=True)
     torch.testing.assert_close(logit_BT, expected_BT, rtol=1e-5, atol=1e-5)
-    told = dataclasses.replace(batch, reward_B=1 - batch.reward_B)
-    assert torch.equal(module.logits(told, run_policy=True), logit_BT)  # V never sees the outcome
+    other = dataclasses.replace(batch, reward_B=1 - batch.reward_B)
+    assert torch.equal(module.logits(other, run_policy=True), logit_BT)  # V never sees the outcome
 
 
 def test_judgement_by_hand():

@@ -339,7 +339,7 @@ def test_groups_without_spread_do_not_move_the_policy(start, tmp_path, capsys):
         tmp_path / "none.jsonl", [dict(prompt=f"{n}:", completion="x") for n in range(60)]
     )
     assert run_grpo(start, tmp_path / "run", data=data, beta=0.0) == 0
-    assert "sampled reward of 0.00; starts below 0.3 did not learn" in capsys.readouterr().out
+    assert "sampled reward of 0.00; below 0.3 runs did not learn" in capsys.readouterr().out
     assert same_tensors(weights_of(tmp_path / "run"), weights_of(start / "start"))
     for line in updates_of(tmp_path / "run"):
         assert line["grpo/skipped"] == 1 and line["train/grad_norm"] == 0 and "grpo/kl" not in line
