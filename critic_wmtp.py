@@ -4,13 +4,13 @@ Stage 1 learns V[t], the probability that a completion which begins with tokens 
 correct, from records with an outcome R. Stage 2 follows by itself. It trains the heads (2404.19737)
 on the correct records (or on all), with less weight on tokens at which V falls:
 
-    BCE      = -R log V[t] - (1 - R) log(1 - V[t])      stage 1, mean over every prefix
+    BCE      = -R log V[t] - (1 - R) log(1 - V[t])      stage 1, mean over prefixes; and pairs
     s[j]     = z[j+2] - z[j-3], less its mean over the record     --weights window; z = log odds V
     s[j]     = sum_l gae_lambda^l (V[j+l] - V[j+l-1])             --weights advantage (1506.02438)
     u[j]     = clip(exp(strength s' / 0.7), epsilon, 1) / mean    a gate: never above 1 / mean
     u[t,k]   = clip((V[t+k] / V[t])^strength, epsilon, max_weight)     --weights ratio
     w        = lambda + (1 - lambda) u
-    L        = 1/N * sum_t sum_k  m[t,k] * w[t+k] * CE[t,k]    stage 2, plus --value-coef * BCE
+    L        = 1/N * sum_t sum_k  m[t,k] * w[t+k] * CE[t,k]    stage 2; BCE for a frozen V
 
 By Bayes' rule p(x | prefix, correct) = p(x | prefix) V(prefix, x) / V(prefix). So with `ratio`, on
 all records and at strength 1, each head's minimiser is its distribution on correct ones. Head k has
