@@ -17,6 +17,7 @@ import transformers
 from safetensors.torch import load_file
 
 import baseline_mtp
+import common
 import critic_wmtp
 from common import IGNORE, Batch, Ranks, build_model, imitate_all, load_batch, load_data
 from common import load_tokenizer, make_targets, sums
@@ -371,6 +372,13 @@ def test_judgement_by_hand():
     expected = dict(auc=3 / 4, auc_position=0.5, pairs=1.0)  # 0.8 of a right one is below 0.85
     expected |= dict(fault_token=1 / 2, fault_token_chance=1 / 7)
     assert figures == pytest.approx(expected)
+
+
+def test_random_weights_keep_the_mean_of_those_they_replace():
+    u_N = torch.from_numpy(np.random.default_rng(0).random(50)) + 1  # as of the ratio, not 1
+    drawn_N = common.control_weights(u_N, "random", (0, 1))
+    assert drawn_N.mean().item() == pytest.approx(u_N.mean().item())
+    assert not torch.equal(drawn_N, u_N)
 
 
 # ------------------------------------------------------------------------------------ whole runs
