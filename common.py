@@ -444,17 +444,16 @@ class MTPModel(nn.Module):
             half = torch.get_autocast_dtype(hidden_ND.device.type)
             hidden_ND, weight_VD = hidden_ND.to(half), weight_VD.to(half)
         if also == "gradient":
-            loss_N, gradient_VD = unembedding_gradient(
-                hidden_ND, weight_VD, targets_N, self.softcap
-            )
+            measured = (hidden_ND, weight_VD, targets_N, self.softcap)
+            loss_N, gradient_VD = unembedding_gradient(*measured)
             return loss_N.view(targets_KBT.shape).clone(), gradient_VD
         own = targets_KBT[0].numel() if self.heads.detached else len(targets_N)
         parts = [(hidden_ND[:own], weight_VD, targets_N[:own])]
         if own < len(targets_N):
             parts.append((hidden_ND[own:], weight_VD.detach(), targets_N[own:]))
         values = [token_losses(*part, self.softcap, also) for part in parts]
-        values = [torch.cat(figures) for figures in zip(*values)]
-        values = [v.view(targets_KBT.shape).clone() for v in values]  # FSDP2 takes no views
+        shape = (-1, *targets_KBT.shape[1:])  # the result of cat is no view, which FSDP2 refuses
+        values = [torch.cat([part.view(shape) for part in parts]) for parts in zip(*values)]
         if not weight_VD.requires_grad:  # head 1 does not train, so no product of it goes backward
             values[0] = torch.cat([values[0][:1].detach(), values[0][1:]])
         return values[0] if also is None else tuple(values)
