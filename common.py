@@ -539,30 +539,38 @@ def token_losses(hidden_ND, weight_VD, targets_N, softcap, also=None, chunk=None
     loss_N = F.cross_entropy(logits, targets_N, ignore_index=IGNORE, reduction="none")
     if also is None:
         return (loss_N,)
-    return loss_N, token_figure(also, logits.detach(), targets_N, hidden_ND.detach(), softcap)
+    logits, hidden_ND = logits.detach(), hidden_ND.detach()
+    if also == "correct":
+        return loss_N, (logits.argmax(-1) == targets_N).float()
+    work = (F.softmax(logits, -1), slope_of(logits, softcap), targets_N, hidden_ND)
+    return loss_N, token_figure(also, *work)
 
 
-def token_figure(also, logits_NV, targets_N, hidden_ND, softcap):
+def token_figure(also, softmax_NV, slope_NV, targets_N, hidden_ND):
     """The figure of each token, `[N]`, that `MTPModel.forward` names; 0 without a target.
 
     A token's gradient by the unembedding is the outer product of an error of the logits, `[V]`, and
-    its state, `[D]`. So neither its norm nor its product with a direction needs that gradient.
+    its state, `[D]`. So neither its norm nor its product with a direction needs that gradient. The
+    error takes the place of the softmax.
     """
-    if also == "correct":
-        return (logits_NV.argmax(-1) == targets_N).float()
-    softmax_NV = F.softmax(logits_NV, -1)
     if also == "entropy":
         figure_N = torch.special.entr(softmax_NV).sum(-1)
     else:
         one_hot_N1 = targets_N[:, None].clamp(min=0)
-        error_NV = softmax_NV.scatter_add_(-1, one_hot_N1, -torch.ones_like(logits_NV[:, :1]))
-        if softcap is not None:
-            error_NV *= 1 - (logits_NV / softcap) ** 2
+        error_NV = softmax_NV.scatter_add_(-1, one_hot_N1, -torch.ones_like(softmax_NV[:, :1]))
+        if slope_NV is not None:
+            error_NV *= slope_NV
         if also == "norm":
             figure_N = error_NV.norm(dim=-1) * hidden_ND.float().norm(dim=-1)
         else:  # a direction, `[V, D]`
-            figure_N = (error_NV * F.linear(hidden_ND, also)).sum(-1)
+            product_ND = error_NV.to(also.dtype) @ also
+            figure_N = (product_ND.float() * hidden_ND.float()).sum(-1)
     return figure_N.masked_fill(targets_N == IGNORE, 0.0)
+
+
+def slope_of(logits, softcap):
+    """Derivative of soft-capped logits by those before; None without a cap, where it is 1."""
+    return None if softcap is None else 1 - (logits / softcap) ** 2
 
 
 def unembedding_gradient(hidden_ND, weight_VD, targets_N, softcap):
@@ -606,13 +614,17 @@ class TokenLosses(torch.autograd.Function):
         buffer = hidden_ND.new_empty(chunk * len(weight_VD))
         for rows in TokenLosses.chunks(targets_N != IGNORE, chunk):
             logits = logits_of(hidden_ND[rows], weight_VD, softcap, buffer)
-            if also is not None:
-                work = (logits, targets_N[rows], hidden_ND[rows], softcap)
-                figure_N[rows] = token_figure(also, *work)
             chosen = logits.gather(-1, targets_N[rows, None].clamp(min=0))[:, 0]
-            largest = logits.amax(-1, keepdim=True)
-            total_N[rows] = logits.sub_(largest).exp_().sum(-1).log_() + largest[:, 0]
+            largest, best = logits.max(-1, keepdim=True)
+            slope = None if also is None else slope_of(logits, softcap)
+            sum_N1 = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+            total_N[rows] = (sum_N1.log() + largest)[:, 0]
             loss_N[rows] = total_N[rows] - chosen
+            if also == "correct":
+                figure_N[rows] = (best[:, 0] == targets_N[rows]).float()
+            elif also is not None:
+                work = (logits.div_(sum_N1), slope, targets_N[rows], hidden_ND[rows])
+                figure_N[rows] = token_figure(also, *work)
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, total_N)
         ctx.softcap, ctx.chunk = softcap, chunk
         ctx.mark_non_differentiable(figure_N)
@@ -630,7 +642,7 @@ class TokenLosses(torch.autograd.Function):
         for rows in TokenLosses.chunks(grad_N != 0, ctx.chunk):
             hidden, grad = hidden_ND[rows], grad_N[rows, None]
             logits = logits_of(hidden, weight_VD, ctx.softcap, buffer)
-            slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
+            slope = slope_of(logits, ctx.softcap)
             error = logits.sub_(total_N[rows, None]).exp_().mul_(grad)
             error.scatter_add_(-1, targets_N[rows, None].clamp(min=0), -grad)  # softmax - one-hot
             error = (error if slope is None else error.mul_(slope)).to(weight_VD.dtype)
