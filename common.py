@@ -53,6 +53,7 @@ import tyro
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file, save_file
+from scipy.optimize import brentq
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -483,6 +484,33 @@ def bounded_softmax(logit_N, epsilon, max_weight):
         is_low = (logit_N + middle).exp().clamp(epsilon, max_weight).mean() < 1
         low, high = torch.where(is_low, middle, low), torch.where(is_low, high, middle)
     return (logit_N + high).exp().clamp(epsilon, max_weight).to(dtype)
+
+
+def select(score_N, skip_ratio):
+    """True for all but the round(ratio N) lowest scores (2404.07965, eq. 5), first ones of ties."""
+    num_kept = max(1, len(score_N) - round(skip_ratio * len(score_N)))
+    order = score_N.sort(descending=True, stable=True).indices
+    kept_N = torch.zeros_like(score_N, dtype=torch.bool)
+    kept_N[order[:num_kept]] = True
+    return kept_N
+
+
+def weights_of_ess(weights, share):
+    """`weights(strength)`, `[N]`, at the strength that makes their effective share `share`.
+
+    The effective share of tokens is (sum u)^2 / (N sum u^2); it must fall with the strength. Where
+    bounds on the weights keep it above `share`, they are those at the highest strength.
+    """
+
+    def excess(log_strength):
+        u_N = weights(math.exp(log_strength)).double()
+        return (u_N.sum() ** 2 / (len(u_N) * u_N.square().sum())).item() - share
+
+    low, high = -12, 12
+    if len(weights(1.0)) == 0 or excess(low) <= 0:
+        return weights(math.exp(low))
+    log_strength = high if excess(high) >= 0 else brentq(excess, low, high, xtol=1e-4)
+    return weights(math.exp(log_strength))
 
 
 def whiten(score_N, moments, decay=0.99):

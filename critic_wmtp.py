@@ -54,7 +54,7 @@ from common import check_ranges, check_run_args, clip_gradients, control_weights
 from common import describe, first_line, full_state, heldout_batches
 from common import imitate_all, learning_rate, load_batch, load_data, make_optimizer
 from common import micro_batch_rows, micro_batches, run_script, set_gradient_sync, setup_ranks
-from common import sha256, shard, weights_of_targets, whiten
+from common import sha256, shard, weights_of_ess, weights_of_targets, whiten
 
 # Shapes: B sequences, T positions, K heads, D width, R ranks, N targets of all ranks, or rows.
 GATE_TEMPERATURE = 0.7  # deviations of the score by which u falls to 1/e
@@ -112,6 +112,7 @@ class Args:
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.0  # share of equal weights, 0 to 1
     weights: Literal["ratio", "window", "advantage"] = "ratio"  # of V; by log odds; by GAE
     strength: float | None = None  # exponent of u; None: 8 for the ratio, 1 for the others; 0: none
+    target_ess: float = 0.0  # effective share of tokens of u, which sets the strength; 0: off
     epsilon: float = 0.05  # least u, before the division by the mean
     max_weight: float = 3.0  # largest u of the ratio
     gae_lambda: float = 0.95  # of the advantage; 0: a token's own step of V; 1: of all that follow
@@ -131,6 +132,7 @@ class Args:
         if self.strength is None:
             self.strength = 8.0 if self.weights == "ratio" else 1.0
         check_ranges(self, lambda_=(0, 1), epsilon=(0, 1), gae_lambda=(0, 1), max_weight=(1, 1e9))
+        check_ranges(self, target_ess=(0, 1))
         names = "strength value_steps value_lr value_coef pair_coef"
         check_ranges(self, value_batches=(1, 1e9), **dict.fromkeys(names.split(), (0, 1e9)))
 
@@ -210,12 +212,15 @@ def weigh(score_BT, valid_BT, moments, key, args, ranks):
     gathered_R2BT = ranks.gather(torch.stack([score_BT, valid_BT.float()]))
     score_RBT, valid_RBT = gathered_R2BT[:, 0], gathered_R2BT[:, 1] > 0
     score_N, row_N = score_RBT[valid_RBT], valid_RBT.flatten(0, 1).nonzero()[:, 0]
-    if args.weights == "ratio":
-        u_N = (args.strength * score_N).exp().clamp(args.epsilon, args.max_weight)
-    else:
+    most = args.max_weight if args.weights == "ratio" else 1  # no outlier takes from the others
+    if args.weights != "ratio":
         score_N = whiten(score_N, moments) / GATE_TEMPERATURE
-        u_N = (args.strength * score_N).exp().clamp(args.epsilon, 1)
-        u_N = u_N / u_N.mean()  # clipped before: no outlier takes from the others
+
+    def power(strength):
+        return (strength * score_N).exp().clamp(args.epsilon, most)
+
+    u_N = weights_of_ess(power, args.target_ess) if args.target_ess else power(args.strength)
+    u_N = u_N if args.weights == "ratio" else u_N / u_N.mean()
     u_N = control_weights(u_N, args.control, key, row_N)
     weight_RBT = torch.ones_like(score_RBT)
     weight_RBT[valid_RBT] = 1 + (1 - args.lambda_) * (u_N - 1)  # lambda + (1 - lambda) u

@@ -32,6 +32,7 @@ Commands:
 Results: README.md
 """
 
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
@@ -45,8 +46,8 @@ from sklearn.metrics import roc_auc_score
 from common import IGNORE, Run, Sums, UsageError, active_heads, build_model, check_ranges
 from common import check_run_args, clip_gradients, control_weights, count_targets, describe
 from common import learning_rate, load_data, make_optimizer, micro_batch_rows, micro_batches
-from common import run_script, set_gradient_sync, setup_ranks, shard, sum_like, weights_of_targets
-from common import whiten, whole
+from common import run_script, select, set_gradient_sync, setup_ranks, shard, sum_like
+from common import weights_of_ess, weights_of_targets, whiten, whole
 
 # Shapes: B sequences, T positions, K heads, V vocabulary, D width, R ranks, N valid targets of head
 # 1 in a micro-step over all ranks, in the order rank, row, position: the same on any number.
@@ -112,6 +113,7 @@ class Args:
     smooth: int = 16  # targets to each side over which the score is averaged; 0: off
     mode: Literal["weighted", "token_skip"] = "weighted"
     """weighted: a soft gate. token_skip: the lowest scores are left out."""
+    target_ess: float = 0.0  # effective share of tokens of u, which sets the gate's middle; 0: off
     skip_ratio: float = 0.3  # share of the valid tokens that token_skip leaves out, below 1
     start: int = 20  # updates with equal weights before, at least 1: Adam's moments must settle
     control: Literal["none", "shuffle", "random", "target"] = "none"
@@ -121,7 +123,7 @@ class Args:
         check_run_args(self)
         check_ranges(self, lambda_=(0, 1), target_rows=(0, 1e9), target_every=(1, 1e9))
         check_ranges(self, target_ema=(0, 0.9999), skip_ratio=(0, 0.9999))
-        check_ranges(self, smooth=(0, 1e6), start=(1, 1e18))
+        check_ranges(self, smooth=(0, 1e6), start=(1, 1e18), target_ess=(0, 1))
         if self.train == "heads":
             raise UsageError("--train heads: the unembedding must train; use --train all")
         if not self.target:
@@ -150,22 +152,19 @@ def smoothed(score_BT, valid_BT, reach):
     return (window_BTW * near_BTW).sum(-1) / near_BTW.sum(-1).clamp(min=1)
 
 
-def select(score_N, skip_ratio):
-    """True for all but the round(ratio N) lowest scores (eq. 5); ties keep the first."""
-    num_kept = max(1, len(score_N) - round(skip_ratio * len(score_N)))
-    order = score_N.sort(descending=True, stable=True).indices
-    kept_N = torch.zeros_like(score_N, dtype=torch.bool)
-    kept_N[order[:num_kept]] = True
-    return kept_N
-
-
 def weights_of_scores(score_N, moments, args):
     """Weights u of the valid targets of a micro-step, mean 1: a selection, or a soft gate."""
     z_N = whiten(score_N, moments)
+
+    def gate(middle):
+        return (GATE_SLOPE * (z_N - middle)).sigmoid()
+
     if args.mode == "token_skip":
         u_N = select(z_N, args.skip_ratio).float()
+    elif args.target_ess:
+        u_N = weights_of_ess(lambda odds: gate(math.log(odds) / GATE_SLOPE), args.target_ess)
     else:
-        u_N = (GATE_SLOPE * (z_N - GATE_MIDDLE)).sigmoid()
+        u_N = gate(GATE_MIDDLE)
     return u_N / u_N.mean()
 
 

@@ -18,13 +18,16 @@ known has a low one, so both score low. A token has one weight, whichever head p
     m[t,k]   targets_KBT    IGNORE where m = 0: prompt, padding, past the end of row or document
     w[j]     weight_BT      weight of token j, whichever head predicts it; mean 1 over the targets
     lambda   --lambda       1 is baseline_mtp.py to the last bit, 0 the bare algorithm
-    ratio    --skip-ratio   share left out by token_skip: 0.3 in the paper's 7B runs, 0.4 at 1B
+    ratio    --skip-ratio   share left out by token_skip: 0.3 in the paper's 7B runs, 0.4 at 1B;
+                            auto: the share of noise, as the losses of the reference show it
     N        num_valid      valid targets of head 1 in the update, over all ranks and micro-steps
 
 Deviations from the paper:
   1. The score is head 1's and serves all heads; --mode weighted has graded weights.
   2. Reference losses are computed once per data set, split over the ranks, and cached next to the
      tokens (4 bytes per token).
+  3. Coarse to fine: --skip-documents leaves out whole documents first (2506.01317 selects in two
+     stages too), and --skip-ramp lets the selection of tokens grow in.
 
 Commands:
   laptop      python baseline_mtp.py --data stdlib:b --num-heads 1 --run-dir runs/reference
@@ -49,10 +52,10 @@ from sklearn.metrics import roc_auc_score
 
 from common import IGNORE, Run, Sums, UsageError, active_heads, bounded_softmax, build_model
 from common import check_ranges, check_run_args, clip_gradients, control_weights, count_targets
-from common import describe, epoch_order, first_line, learning_rate, load_batch, load_data
+from common import describe, epoch_order, errors_as, learning_rate, load_batch, load_data
 from common import load_mtp, load_tokenizer, make_optimizer, max_positions, micro_batch_rows
-from common import micro_batches, model_dir, run_script, set_gradient_sync, setup_ranks, shard
-from common import weights_of_targets
+from common import micro_batches, model_dir, run_script, select, set_gradient_sync, setup_ranks
+from common import shard, weights_of_ess, weights_of_targets
 
 # Shapes: B sequences, T positions, K heads, R ranks, N valid targets of head 1 in a micro-step over
 # all ranks, in the order rank, row, position: the same order on any number of ranks.
@@ -110,17 +113,18 @@ class Args:
     lambda_: Annotated[float | None, tyro.conf.arg(name="lambda")] = None
     """Share of equal weights, 0 to 1; None: 0.3 in --mode weighted, 0 in token_skip."""
     temperature: float = 0.7  # of the softmax, nats; small: few tokens take all the weight
+    target_ess: float = 0.0  # effective share of tokens of u, which sets the temperature; 0: off
     epsilon: float = 0.05  # least u of --mode weighted
     max_weight: float = 3.0  # largest u of --mode weighted
     ref_model: str = ""  # reference: a run, its model/, or a Hugging Face model of this tokenizer
     mode: Literal["weighted", "token_skip"] = "token_skip"
     """weighted: softmax of the scores. token_skip: the lowest scores are left out."""
-    skip_ratio: float = 0.3  # share of the valid tokens that token_skip leaves out, below 1
-    score: Literal["excess", "abs", "reference", "loss"] = "excess"
-    """excess: loss - reference loss. Ablations: abs of it; minus the reference loss; the loss."""
+    skip_ratio: float | Literal["auto"] = 0.3
+    """Share of the valid tokens that token_skip leaves out, below 1; auto: estimated once."""
+    skip_ramp: float = 0.0  # part of the run in which that share grows from 0
+    skip_documents: float = 0.0  # share of the tokens left out before, by whole documents
     control: Literal["none", "shuffle", "random"] = "none"
     """Weights without information: permuted among the tokens, or drawn from them anew."""
-    ref_online: bool = False  # compute the reference losses in every step, not once into a file
 
     def __post_init__(self):
         check_run_args(self)
@@ -128,41 +132,46 @@ class Args:
             self.lambda_ = 0.3 if self.mode == "weighted" else 0.0
         check_ranges(self, lambda_=(0, 1), epsilon=(0, 1))
         check_ranges(self, temperature=(1e-6, 1e6), max_weight=(1, 1e9))
-        if not 0 <= self.skip_ratio < 1:
-            raise UsageError(f"--skip-ratio {self.skip_ratio}: at least 0 and below 1")
+        check_ranges(self, target_ess=(0, 1), skip_ramp=(0, 1), skip_documents=(0, 0.9999))
+        if self.skip_ratio != "auto":
+            check_ranges(self, skip_ratio=(0, 0.9999))
         if not self.ref_model:
             example = "baseline_mtp.py --data stdlib:b --num-heads 1 --run-dir runs/reference"
             raise UsageError(f"--ref-model: name a reference; `{example}` trains one")
 
 
 # ------------------------------------------------------------------------------------- algorithm
-def token_scores(loss_N, ref_N, score):
-    """Score of every target, nats: by default the signed excess loss (2404.07965, eq. 3)."""
-    excess_N = loss_N - ref_N
-    scores = {"excess": excess_N, "abs": excess_N.abs(), "reference": -ref_N, "loss": loss_N}
-    return scores[score]
+def noise_share(mixed_N, clean_N):
+    """Share of noise behind the losses `mixed_N`: the least that is compatible with `clean_N`.
+
+    F_mixed = (1 - share) F_clean + share F_noise, and few losses of noise lie where most clean ones
+    do. So the share is the largest 1 - F_mixed(c) / F_clean(c) at or above the median of `clean_N`.
+    Noise that is easy to predict is not seen; another kind of text than the clean one counts too.
+    """
+    clean_N, mixed_N = np.sort(clean_N), np.sort(mixed_N)
+    above_N = clean_N[len(clean_N) // 2 :]
+    clean_share_N = np.searchsorted(clean_N, above_N, "right") / len(clean_N)
+    mixed_share_N = np.searchsorted(mixed_N, above_N, "right") / len(mixed_N)
+    return max(0.0, (1 - mixed_share_N / clean_share_N).max())
 
 
-def select(score_N, skip_ratio):
-    """True for all but the round(ratio N) lowest scores (eq. 5); ties keep the first."""
-    num_kept = max(1, len(score_N) - round(skip_ratio * len(score_N)))
-    order = score_N.sort(descending=True, stable=True).indices
-    kept_N = torch.zeros_like(score_N, dtype=torch.bool)
-    kept_N[order[:num_kept]] = True
-    return kept_N
-
-
-def weights_of_scores(score_N, args):
+def weights_of_scores(score_N, skip_ratio, args):
     """Weights u of the valid targets of a micro-step, mean 1: a selection, or a bounded softmax."""
     if args.mode == "token_skip":
-        kept_N = select(score_N, args.skip_ratio).float()
+        kept_N = select(score_N, skip_ratio).float()
         return kept_N / kept_N.mean()
-    return bounded_softmax(score_N / args.temperature, args.epsilon, args.max_weight)
+
+    def softmax(temperature):
+        return bounded_softmax(score_N / temperature, args.epsilon, args.max_weight)
+
+    if args.target_ess:
+        return weights_of_ess(lambda strength: softmax(1 / strength), args.target_ess)
+    return softmax(args.temperature)
 
 
 @torch.no_grad()
-def token_weights(batch, loss_KBT, ref_BT, key, args, ranks):
-    """Weight of every token of this rank, `[B, T]`, and figures of all valid targets, `[6, N]`.
+def token_weights(batch, loss_KBT, ref_BT, skip_ratio, key, args, ranks):
+    """Weight of every token of this rank, `[B, T]`, and figures of all valid targets, `[4, N]`.
 
     The scores of all ranks are gathered and every rank computes all weights, so they are the same
     on any number of ranks. A token that is no target weighs 1.
@@ -175,32 +184,27 @@ def token_weights(batch, loss_KBT, ref_BT, key, args, ranks):
     valid_RBT = values_4RBT[3] > 0
     loss_N, ref_N, noise_N = values_4RBT[:3, valid_RBT]
 
-    score_N = token_scores(loss_N, ref_N, args.score)
-    u_N = control_weights(weights_of_scores(score_N, args), args.control, key)
+    score_N = loss_N - ref_N  # the excess loss, eq. 3
+    u_N = control_weights(weights_of_scores(score_N, skip_ratio, args), args.control, key)
     weight_N = 1 + (1 - args.lambda_) * (u_N - 1)  # lambda + (1 - lambda) u, exactly 1 where u is
 
     target_weight_RBT = torch.ones_like(values_4RBT[3])
     target_weight_RBT[valid_RBT] = weight_N
     weight_BT = torch.ones_like(ref_BT)
     weight_BT[:, 1:] = target_weight_RBT[ranks.rank, :, :-1]  # head 1's target at t is token t+1
-    return weight_BT, torch.stack([score_N, weight_N, (u_N > 0).float(), loss_N, ref_N, noise_N])
+    return weight_BT, torch.stack([score_N, weight_N, (u_N > 0).float(), noise_N])
 
 
-def rho1_metrics(figures, args):
+def rho1_metrics(figures, skip_ratio, args):
     """`rho1/..` and `weights/on_..` over the targets of an update; `figures` by `token_weights`.
 
-    `rho1/overlap_untrained`: share of the selected tokens that -CE_ref alone would select.
     `rho1/noise_auc`: probability that a noise token scores lower than a clean one.
     """
-    score_N, weight_N, kept_N, loss_N, ref_N, noise_N = torch.cat(figures, 1).cpu().double()
+    score_N, weight_N, kept_N, noise_N = torch.cat(figures, 1).cpu().double()
     if len(score_N) == 0 or args.lambda_ == 1 or not score_N.isfinite().all():
         return {}
-    selected_N = select(score_N, args.skip_ratio)
-    untrained_N = select(-ref_N, args.skip_ratio)
-    overlap = (selected_N & untrained_N).sum() / selected_N.sum()
-    metrics = {"rho1/excess_mean": (loss_N - ref_N).mean().item()}
+    metrics = {"rho1/excess_mean": score_N.mean().item(), "rho1/skip_ratio": skip_ratio}
     metrics["rho1/kept_frac"] = kept_N.mean().item()
-    metrics["rho1/overlap_untrained"] = overlap.item()
     if 0 < noise_N.sum() < len(noise_N):
         metrics["weights/on_noise"] = weight_N[noise_N > 0].mean().item()
         metrics["weights/on_clean"] = weight_N[noise_N == 0].mean().item()
@@ -210,24 +214,22 @@ def rho1_metrics(figures, args):
 
 # ------------------------------------------------------------------------------------- reference
 class Reference:
-    """Losses of the reference's head 1 on this run's tokens, from a file made once, or online.
+    """Losses of the reference's head 1 on this run's tokens, from a file made once.
 
     The file lies beside the packed rows and is named after them, the rows that this run visits, the
-    reference's weights and the type of the products: float32 `[rows, T]`, 0 elsewhere. With
-    --lambda 1 nothing uses them: they are 0.
+    reference's weights and the type of the products: float32 `[rows, T]`, NaN where no target is.
+    With --lambda 1 nothing uses them: they are 0.
 
     Raises:
         UsageError: no model that can be read, or its losses would be of other tokens.
     """
 
     def __init__(self, args, tokenizer, data, ranks):
-        self.args, self.ranks, self.model = args, ranks, None
+        self.args, self.ranks, self.rows = args, ranks, data.train
         self.folder, flag = model_dir(args.ref_model), f"--ref-model {args.ref_model}"
-        try:
+        with errors_as(f"{flag}: no model that can be read"):
             config = transformers.AutoConfig.from_pretrained(self.folder)
             other = load_tokenizer(self.folder)
-        except Exception as error:  # a broken file raises errors without a common class
-            raise UsageError(f"{flag}: no model that can be read ({first_line(error)})") from None
         text = config.get_text_config()
         sample = tokenizer.batch_decode(data.train[:8]["input_ids"], skip_special_tokens=True)
         tokens, own = ([t.get_vocab(), t(sample)["input_ids"]] for t in (other, tokenizer))
@@ -240,8 +242,6 @@ class Reference:
             reason = "is the start of this run too, so every excess loss would be 0"
             raise UsageError(f"{flag}: {reason}; name another model")
         weights = [f for f in Path(self.folder).glob("*") if f.suffix in (".safetensors", ".bin")]
-        if Path(self.folder).is_dir() and not weights:
-            raise UsageError(f"{flag}: {self.folder} holds no weights")
         revision = getattr(config, "_commit_hash", None)  # of a hub model
         digest = hashlib.sha256(f"{text.to_dict()} {revision}".encode())
         for file in sorted(weights) if ranks.rank == 0 else []:
@@ -249,56 +249,90 @@ class Reference:
         self.fingerprint = ranks.broadcast(digest.hexdigest()[:16])
 
     def prepare(self, data):
-        """Compute the file where it is missing, each rank its share of the rows, and map it."""
-        args, ranks, rows = self.args, self.ranks, data.train
-        if args.ref_online or args.lambda_ == 1:
-            return self.load() if args.lambda_ < 1 else None
-        visited_N = epoch_order(len(rows), args.seed, 0)[: args.max_steps * args.batch_size]
+        """Losses of the rows that this run visits, and what they say to leave out."""
+        args, ranks = self.args, self.ranks
+        self.left_out_D, self.skip_ratio, self.losses = [], args.skip_ratio, None
+        if args.lambda_ == 1:
+            self.skip_ratio = 0.0
+            return
+        visited_N = epoch_order(len(self.rows), args.seed, 0)[: args.max_steps * args.batch_size]
+        self.losses = self.stored(self.rows, visited_N)
+        if args.skip_documents:
+            self.left_out_D = self.worst_documents(visited_N)
+            ranks.print(f"left out  {len(self.left_out_D)} documents (--skip-documents)")
+        if args.skip_ratio == "auto":
+            mixed_NT = self.losses[np.sort(visited_N)[:: math.ceil(len(visited_N) / 4096)]]
+            heldout_NT = self.stored(data.heldout, np.arange(len(data.heldout)))
+            share = noise_share(*(x[~np.isnan(x)] for x in (mixed_NT, heldout_NT)))
+            self.skip_ratio = round(ranks.broadcast(share), 3)
+            ranks.print(f"left out  {self.skip_ratio} of the tokens (--skip-ratio auto)")
+
+    def stored(self, rows, number_N):
+        """Losses at these rows of a data set, memory-mapped; each rank computes a share."""
+        args, ranks = self.args, self.ranks
         source = Path(rows.cache_files[0]["filename"])
         key = f"{rows._fingerprint}-{self.fingerprint}-{str(ranks.dtype)[6:]}"
-        if len(visited_N) < len(rows):
-            key += f"-s{args.seed}-{len(visited_N)}"
+        if len(number_N) < len(rows):
+            key += f"-s{args.seed}-{len(number_N)}"
         file = source.with_name(f"{source.stem}-{key}.npy")
         if not ranks.broadcast(file.exists()):
-            shape = (len(rows), self.args.seq_len)
+            shape = (len(rows), args.seq_len)
             part = ranks.broadcast(file.with_suffix(f".{os.getpid()}.part"))  # a name of this run
             if ranks.rank == 0:
                 np.lib.format.open_memmap(part, "w+", np.float32, shape)
             ranks.barrier()
-            ranks.print(f"reference losses of {len(visited_N):,} rows, computed once: {file}")
-            began = time.perf_counter()
-            self.load()
+            ranks.print(f"reference losses of {len(number_N):,} rows, computed once: {file}")
+            model = self.load()
             losses = np.lib.format.open_memmap(part, "r+")
-            block_size = max(1, 8192 // self.args.seq_len)
-            blocks = np.array_split(np.sort(visited_N), math.ceil(len(visited_N) / block_size))
-            for number in range(ranks.rank, len(blocks), ranks.world_size):
-                batch = load_batch(rows, blocks[number], 1, ranks.device)
-                losses[blocks[number]] = self.online(batch).cpu().numpy()
+            block_size = max(1, 8192 // args.seq_len)
+            blocks = np.array_split(np.sort(number_N), math.ceil(len(number_N) / block_size))
+            for numbers in blocks[ranks.rank :: ranks.world_size]:
+                batch = load_batch(rows, numbers, 1, ranks.device)
+                with torch.no_grad(), ranks.autocast():
+                    loss_BT = model(batch.x_BT, batch.targets_KBT)[0]
+                no_target_BT = batch.targets_KBT[0] == IGNORE
+                losses[numbers] = loss_BT.masked_fill(no_target_BT, math.nan).cpu().numpy()
             losses.flush()
             ranks.barrier()
-            ranks.print(f"          took {time.perf_counter() - began:.0f} s")
             if ranks.rank == 0:
                 part.replace(file)
             ranks.barrier()
-        self.losses = np.load(file, mmap_mode="r")
+        return np.load(file, mmap_mode="r")
 
     def load(self):
         try:
-            self.model = load_mtp(self.folder).to(self.ranks.device).eval()
+            return load_mtp(self.folder).to(self.ranks.device).eval()
         except UsageError as error:
             raise UsageError(str(error).replace("--model", "--ref-model", 1)) from None
 
-    @torch.no_grad()
-    def online(self, batch):
-        with self.ranks.autocast():
-            return self.model(batch.x_BT, batch.targets_KBT[:1])[0]
+    def worst_documents(self, visited_N):
+        """Documents of highest mean loss with at most --skip-documents of the visited targets."""
+        num_documents = self.rows[len(self.rows) - 1]["document"].max() + 1
+        loss_D, count_D = np.zeros((2, num_documents))
+        for number in visited_N.tolist():
+            loss_T, document_T = self.losses[number], self.rows[number]["document"]
+            is_target_T = ~np.isnan(loss_T)
+            np.add.at(loss_D, document_T[is_target_T], loss_T[is_target_T])
+            np.add.at(count_D, document_T[is_target_T], 1)
+        order_D = np.argsort(-loss_D / count_D.clip(min=1), kind="stable")
+        share_D = count_D[order_D].cumsum() / count_D.sum()
+        return order_D[share_D <= self.args.skip_documents]
+
+    def leave_out(self, batches, step):
+        """Take the targets of the left out documents from the batches; context they stay.
+
+        Returns the share of the others' tokens to leave out in update `step`, the first being 0.
+        """
+        for batch in batches if len(self.left_out_D) else []:
+            is_out_BT = np.isin(self.rows[batch.rows_B]["document"], self.left_out_D)
+            batch.targets_KBT[:, torch.from_numpy(is_out_BT).to(self.ranks.device)] = IGNORE
+        ramp = self.args.skip_ramp * self.args.max_steps
+        return self.skip_ratio * min(1.0, step / ramp) if ramp else self.skip_ratio
 
     def __call__(self, batch):
         """Losses at the training rows of a batch, nats, `[B, T]`."""
-        if self.args.lambda_ == 1:
+        if self.losses is None:
             return torch.zeros_like(batch.x_BT, dtype=torch.float32)
-        if self.args.ref_online:
-            return self.online(batch)
         return torch.from_numpy(self.losses[batch.rows_B]).to(batch.x_BT.device)
 
 
@@ -347,6 +381,7 @@ def main(args):
             group["lr"] = lr * group["scale"]
         num_heads = active_heads(args.mtp_schedule, step, args.max_steps, args.num_heads)
         batches = micro_batches(data.train, args, micro_batch_size, step, num_heads, ranks)
+        skip_ratio = reference.leave_out(batches, step)  # ALGO LOGIC
         count_K = ranks.sum(count_targets(batches))
         num_valid = count_K[0].clamp(min=1)
         sums, figures = Sums(ranks), []
@@ -356,8 +391,8 @@ def main(args):
                 loss_KBT = model(batch.x_BT, batch.targets_KBT)
 
             # ALGO LOGIC: the excess loss over the reference gives the weights
-            key = (args.seed, step, number)
-            weight_BT, values = token_weights(batch, loss_KBT, reference(batch), key, args, ranks)
+            work = (reference(batch), skip_ratio, (args.seed, step, number), args, ranks)
+            weight_BT, values = token_weights(batch, loss_KBT, *work)
             figures.append(values)
 
             weight_KBT = weights_of_targets(weight_BT, num_heads)
@@ -368,7 +403,7 @@ def main(args):
 
         # Metrics of the update, exact over all ranks and micro-steps
         metrics = sums.metrics(count_K)
-        metrics.update(rho1_metrics(figures, args))  # ALGO LOGIC
+        metrics.update(rho1_metrics(figures, skip_ratio, args))  # ALGO LOGIC
         metrics["train/grad_norm"] = grad_norm
         metrics["train/lr"] = lr
         run.require_finite(step, metrics)

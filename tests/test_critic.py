@@ -374,6 +374,16 @@ def test_judgement_by_hand():
     assert figures == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("weights", ["ratio", "window"])
+def test_the_strength_gives_the_effective_share_that_is_asked_for(critic, weights):
+    batch = batch_of(critic, np.arange(12), "all")
+    value_BT = torch.rand(batch.x_BT.shape, generator=torch.Generator().manual_seed(0))
+    changes = dict(weights=weights, target_ess=0.8, max_weight=1e9, epsilon=0)
+    weight_N = head_weights(value_BT, batch, **changes)[0][batch.targets_KBT[0] != IGNORE]
+    ess = weight_N.sum() ** 2 / (len(weight_N) * weight_N.square().sum())
+    assert ess.item() == pytest.approx(0.8, abs=1e-3)
+
+
 def test_random_weights_keep_the_mean_of_those_they_replace():
     u_N = torch.from_numpy(np.random.default_rng(0).random(50)) + 1  # as of the ratio, not 1
     drawn_N = common.control_weights(u_N, "random", (0, 1))

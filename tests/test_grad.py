@@ -188,6 +188,16 @@ def test_weights_equal_a_slow_loop_over_several_updates(changes):
     assert (before == 1).all()  # update 0 comes before --start
 
 
+def test_the_gate_gives_the_effective_share_that_is_asked_for():
+    score_N = torch.randn(2000, generator=torch.Generator().manual_seed(0))
+    for share in (0.3, 0.7, 0.99):
+        args = grad_args(target_ess=share)
+        u_N = grad_wmtp.weights_of_scores(score_N, torch.zeros(3), args).double()
+        ess = (u_N.sum() ** 2 / (2000 * u_N.square().sum())).item()
+        assert ess == pytest.approx(share, abs=1e-3) and u_N.mean().item() == pytest.approx(1)
+        assert (u_N[score_N.argsort()].diff() >= 0).all()
+
+
 SHARES = [(24, 5), (0, 24), (0, 0)]  # places where the targets of each rank may be
 TWO_RANKS = [dict(), dict(mode="token_skip"), dict(control="shuffle")]
 

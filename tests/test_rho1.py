@@ -17,7 +17,7 @@ import transformers
 import baseline_mtp
 import rho1_wmtp
 from common import IGNORE, Batch, Ranks, batch_rows, bounded_softmax
-from common import load_batch, load_data, load_tokenizer, make_targets, weights_of_targets
+from common import load_batch, load_data, load_tokenizer, make_targets, select, weights_of_targets
 from conftest import CONFIG, data_args, make_small_model, metrics_of, on_ranks, refused
 from conftest import (
     run_main,
@@ -69,10 +69,7 @@ def rows_of(folder, name="text"):
 # --------------------------------------------------------------------------------- the weights
 def slow_weights(loss_N, ref_N, args):
     """Weights of the valid targets by the formulas of the paper, in Python's float64."""
-    scores, N = [], len(loss_N)
-    for loss, ref in zip(loss_N, ref_N):
-        kinds = {"excess": loss - ref, "abs": abs(loss - ref), "reference": -ref, "loss": loss}
-        scores.append(kinds[args.score])
+    scores, N = [loss - ref for loss, ref in zip(loss_N, ref_N)], len(loss_N)
     if args.mode == "token_skip":
         order = sorted(range(N), key=lambda i: (-scores[i], i))
         kept = set(order[: max(1, N - round(args.skip_ratio * N))])
@@ -87,9 +84,8 @@ def slow_weights(loss_N, ref_N, args):
 FREE = dict(epsilon=0.0, max_weight=1e9)  # bounds that bind nothing
 VARIANTS = [
     FREE,
-    dict(score="loss", temperature=2.0, **FREE),
-    dict(mode="token_skip", score="reference"),
-    dict(mode="token_skip", score="abs", skip_ratio=0.45, lambda_=0.2),
+    dict(mode="token_skip"),
+    dict(mode="token_skip", skip_ratio=0.45, lambda_=0.2),
     dict(),
     dict(temperature=0.1, epsilon=0.2, max_weight=1.5),
 ]
@@ -103,7 +99,8 @@ def test_weights_and_objective_equal_a_slow_loop(rho1, changes):
     valid_KBT, generator = batch.targets_KBT != IGNORE, torch.Generator().manual_seed(0)
     loss_KBT = (torch.rand(H, 7, LENGTH, generator=generator) * 4 * valid_KBT).requires_grad_()
     ref_BT = torch.rand(7, LENGTH, generator=generator) * 4
-    weight_BT, figures = rho1_wmtp.token_weights(batch, loss_KBT, ref_BT, KEY, args, Ranks())
+    work = (batch, loss_KBT, ref_BT, args.skip_ratio, KEY, args, Ranks())
+    weight_BT, figures = rho1_wmtp.token_weights(*work)
     assert not weight_BT.requires_grad and not figures.requires_grad  # they are constants
     places = list(map(tuple, valid_KBT[0].nonzero().tolist()))
     losses, refs = ([x[b, t].item() for b, t in places] for x in (loss_KBT[0], ref_BT))
@@ -134,7 +131,7 @@ def test_bounds_hold_with_mean_one_whatever_the_scores():
 def test_selection_keeps_the_exact_count_whatever_the_ties(number, ratio):
     """Of equal scores the first stay."""
     for score_N in (torch.randn(number), torch.zeros(number), torch.arange(number) // 3 * 1.0):
-        kept_N = rho1_wmtp.select(score_N, ratio)
+        kept_N = select(score_N, ratio)
         count = max(1, number - round(ratio * number)) if number else 0
         order = sorted(range(number), key=lambda i, s=score_N: (-s[i].item(), i))
         assert sorted(kept_N.nonzero()[:, 0].tolist()) == sorted(order[:count])
@@ -204,7 +201,7 @@ def weights_on_rank(ranks):
         batch = Batch(np.arange(4)[rows], torch.from_numpy(x_BT)[rows], targets_KBT, is_noise_BT)
         losses = torch.from_numpy(random.integers(0, 8, (4, 4, 12)) / 4).float()[:, rows]
         for changes in TWO_RANKS:
-            work = (batch, losses[:3], losses[3], KEY, rho1_args(**changes), ranks)
+            work = (batch, losses[:3], losses[3], 0.3, KEY, rho1_args(**changes), ranks)
             results.append(rho1_wmtp.token_weights(*work))
     return results
 
@@ -229,7 +226,7 @@ def reference_of(folder, name="text", ref_model="reference", ranks=None, **chang
 
 @pytest.mark.parametrize("name", ["text", "records"])
 def test_reference_losses_are_those_of_a_plain_model_at_the_same_token(rho1, name):
-    """What stands at t is of token t+1 given tokens 0..t, and 0 where it is no target."""
+    """What stands at t is of token t+1 given tokens 0..t, and NaN where it is no target."""
     reference, rows = reference_of(rho1, name)
     plain = transformers.AutoModelForCausalLM.from_pretrained(rho1 / "reference/model").eval()
     numbers = np.array([0, 3, len(rows.train) - 1])
@@ -242,11 +239,9 @@ def test_reference_losses_are_those_of_a_plain_model_at_the_same_token(rho1, nam
         checked += bool(valid)
         with torch.no_grad():
             logits_V = plain(input_ids=batch.x_BT[b : b + 1, : t + 1]).logits[0, -1]
-        loss = -logits_V.log_softmax(-1)[batch.x_BT[b, t + 1]].item() if valid else 0.0
-        assert stored_BT[b, t].item() == pytest.approx(loss, abs=1e-4)
+        loss = -logits_V.log_softmax(-1)[batch.x_BT[b, t + 1]].item() if valid else math.nan
+        assert stored_BT[b, t].item() == pytest.approx(loss, abs=1e-4, nan_ok=True)
     assert checked > 20
-    online, _ = reference_of(rho1, name, ref_online=True)
-    torch.testing.assert_close(online(batch), stored_BT, rtol=1e-5, atol=1e-5)
     other, _ = reference_of(rho1, name, ref_model="baseline")
     assert not torch.equal(other(batch), stored_BT)  # a file of its own
 
@@ -260,7 +255,8 @@ def test_reference_losses_over_two_ranks_are_those_of_one(rho1, tmp_path, monkey
     """Each rank computes a part of the file; in the cache of one rank there is a whole one."""
     one_BT = losses_on_rank(Ranks(), rho1)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    assert all(torch.equal(two_BT, one_BT) for two_BT in on_ranks(losses_on_rank, rho1))
+    for two_BT in on_ranks(losses_on_rank, rho1):
+        torch.testing.assert_close(two_BT, one_BT, rtol=0, atol=0, equal_nan=True)
 
 
 def test_only_rows_that_the_run_visits_get_reference_losses(rho1):
@@ -269,7 +265,8 @@ def test_only_rows_that_the_run_visits_get_reference_losses(rho1):
     assert part.losses.shape == whole.losses.shape and len(data.train) > 16
     visited = np.concatenate([batch_rows(len(data.train), 4, 3, step) for step in (0, 1)])
     assert set(np.flatnonzero(part.losses[:].any(1))) == set(visited.tolist())
-    assert np.allclose(part.losses[visited], whole.losses[visited], rtol=1e-5, atol=1e-5)
+    both = part.losses[visited], whole.losses[visited]
+    np.testing.assert_allclose(*both, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_another_reference_on_resume_is_refused(rho1, tmp_path):
@@ -284,20 +281,80 @@ def test_another_reference_on_resume_is_refused(rho1, tmp_path):
 # ------------------------------------------------------------------------------- log and sample
 def test_figures_are_those_of_a_slow_loop():
     generator = np.random.default_rng(0)
-    loss, ref = generator.integers(0, 40, (2, 40)) / 8  # equal scores are common
-    noise, weight = generator.random(40) < 0.3, generator.random(40)
-    kept, excess = weight > 0.5, loss - ref
-    rows = torch.tensor(np.stack([excess, weight, kept, loss, ref, noise]))
+    score, weight = generator.integers(0, 40, 40) / 8, generator.random(40)  # scores are equal
+    noise, kept = generator.random(40) < 0.3, weight > 0.5
+    rows = torch.tensor(np.stack([score, weight, kept, noise]))
     micro_steps = [rows[:, :15], rows[:, 15:15], rows[:, 15:]]
-    best = [set(sorted(range(40), key=lambda i, s=s: (-s[i], i))[:30]) for s in (excess, -ref)]
-    pairs = [(n < c) + (n == c) / 2 for n in excess[noise] for c in excess[~noise]]
-    expected = {"rho1/excess_mean": excess.mean(), "rho1/kept_frac": kept.mean()}
-    expected["rho1/overlap_untrained"] = len(best[0] & best[1]) / 30
-    expected["rho1/noise_auc"] = np.mean(pairs)
+    pairs = [(n < c) + (n == c) / 2 for n in score[noise] for c in score[~noise]]
+    expected = {"rho1/excess_mean": score.mean(), "rho1/kept_frac": kept.mean()}
+    expected |= {"rho1/skip_ratio": 0.25, "rho1/noise_auc": np.mean(pairs)}
     expected["weights/on_noise"] = weight[noise].mean()
     expected["weights/on_clean"] = weight[~noise].mean()
-    metrics = rho1_wmtp.rho1_metrics(micro_steps, rho1_args(skip_ratio=0.25))
-    assert metrics == pytest.approx(expected)
+    assert rho1_wmtp.rho1_metrics(micro_steps, 0.25, rho1_args()) == pytest.approx(expected)
+
+
+# ----------------------------------------------------------------------------- what is left out
+@pytest.mark.parametrize("share", [0, 0.1, 0.3, 0.6])
+def test_the_share_of_noise_is_found_whatever_the_unit_of_the_losses(share):
+    """100,000 losses each: clean ones of a gamma distribution, noise around 4.6 nats."""
+    random, N = np.random.default_rng(0), 100_000
+    clean_N, other_N = random.gamma(1.0, 1.5, (2, N))
+    noise_N = abs(random.normal(4.6, 0.3, N))
+    mixed_N = np.where(random.random(N) < share, noise_N, other_N)
+    found = rho1_wmtp.noise_share(mixed_N, clean_N)
+    assert found == pytest.approx(share, abs=0.02)
+    assert rho1_wmtp.noise_share(np.exp(mixed_N), np.exp(clean_N)) == found
+    assert rho1_wmtp.noise_share(clean_N, clean_N) == 0
+
+
+def test_the_strength_of_weights_gives_the_effective_share_that_is_asked_for():
+    score_N = torch.randn(2000, generator=torch.Generator().manual_seed(0))
+    for share in (0.3, 0.7, 0.99):
+        args = rho1_args(target_ess=share, **FREE)
+        u_N = rho1_wmtp.weights_of_scores(score_N, 0, args).double().numpy()
+        assert u_N.sum() ** 2 / (2000 * (u_N**2).sum()) == pytest.approx(share, abs=1e-3)
+        assert u_N.mean() == pytest.approx(1, abs=1e-6)
+    equal_N = rho1_wmtp.weights_of_scores(score_N, 0, rho1_args(target_ess=1.0))
+    assert equal_N.numpy() == pytest.approx(1, abs=1e-4)
+    bounded_N = rho1_wmtp.weights_of_scores(score_N, 0, rho1_args(target_ess=0.01))
+    assert 0.05 <= bounded_N.min() and bounded_N.max() <= 3  # as near as the bounds allow
+
+
+def test_documents_of_highest_loss_lose_their_targets_whole(rho1):
+    """Against a sort by hand; with a ramp the share of the other tokens grows to its end."""
+    share, ramp = 0.25, dict(skip_ramp=0.5, max_steps=4000, mode="token_skip")
+    reference, data = reference_of(rho1, skip_documents=share, skip_ratio=0.4, **ramp)
+    columns, losses = data.train[:], {}
+    for document, loss in zip(columns["document"].ravel(), reference.losses[:].ravel()):
+        if not math.isnan(loss):
+            losses.setdefault(int(document), []).append(float(loss))
+    total, left_out, number = sum(map(len, losses.values())), set(), 0
+    for document in sorted(losses, key=lambda d: -np.mean(losses[d])):
+        number += len(losses[document])
+        left_out |= {document} if number <= share * total else set()
+    assert set(reference.left_out_D.tolist()) == left_out and len(left_out) > 3
+
+    batch = load_batch(data.train, np.arange(len(data.train)), 2, "cpu")
+    before_KBT = batch.targets_KBT.clone()
+    ratios = [reference.leave_out([batch], step) for step in (0, 1000, 2000, 3900)]
+    assert ratios == pytest.approx([0, 0.2, 0.4, 0.4])
+    is_out_BT = torch.tensor(np.isin(columns["document"], [*left_out]))
+    expected_KBT = before_KBT.masked_fill(is_out_BT, IGNORE)
+    assert torch.equal(batch.targets_KBT, expected_KBT)
+    kept = (expected_KBT[0] != IGNORE).sum() / (before_KBT[0] != IGNORE).sum()
+    assert 1 - share <= kept < 1 - share + max(map(len, losses.values())) / total
+
+
+def test_noise_of_the_run_is_estimated_and_left_out(rho1, tmp_path):
+    """--skip-ratio auto: held-out and training losses of the file, and what the run logs."""
+    reference, data = reference_of(rho1, skip_ratio="auto", max_steps=10**6)
+    heldout_NT = reference.stored(data.heldout, np.arange(len(data.heldout)))
+    losses = [x[~np.isnan(x)] for x in (reference.losses[:], heldout_NT[:])]
+    assert reference.skip_ratio == pytest.approx(rho1_wmtp.noise_share(*losses), abs=1e-3)
+    assert run_rho1(rho1, tmp_path / "run", mode="token_skip", skip_ratio="auto", max_steps=1) == 0
+    logged = metrics_of(tmp_path / "run")[0]
+    assert 0 < logged["rho1/skip_ratio"] < 1
+    assert logged["rho1/kept_frac"] == pytest.approx(1 - logged["rho1/skip_ratio"], abs=0.01)
 
 
 # ------------------------------------------------------------------------------------ bad input
@@ -306,7 +363,7 @@ BAD = [
     (dict(ref_model="{folder}/words"), ["--ref-model", "tokenizer"]),
     (dict(ref_model="{folder}/short"), ["--ref-model", "16 tokens", "--seq-len 32"]),
     (dict(ref_model="{folder}/start", model="{folder}/start"), ["is the start of this run too"]),
-    (dict(skip_ratio=1.0), ["--skip-ratio 1.0", "below 1"]),
+    (dict(skip_ratio=1.0), ["--skip-ratio 1.0", "from 0 to 0.9999"]),
 ]
 
 
