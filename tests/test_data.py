@@ -227,25 +227,34 @@ def test_every_row_comes_once_an_epoch_for_any_ranks_and_accumulation(tmp_path):
                 assert torch.equal(joined, getattr(whole, name))
 
 
-@pytest.mark.parametrize("tokenizer", [BYTES, FAST], ids=["bytes", "fast"])
-def test_noise_is_flagged_where_lines_differ(tmp_path, tokenizer):
-    """Which lines changed is seen by comparing texts: flagged tokens are these, all others not."""
+NOISE = [("line", BYTES), ("line", FAST), ("document", FAST)]
+
+
+@pytest.mark.parametrize("noise_by, tokenizer", NOISE, ids=["bytes", "fast", "document"])
+def test_noise_is_flagged_where_lines_differ(tmp_path, noise_by, tokenizer):
+    """Which lines changed is seen by comparing texts: flagged tokens are these, all others not.
+
+    By document, all lines that are not blank changed or none.
+    """
     file = write(tmp_path / "a.jsonl", some_texts(300))
-    clean, noisy = (load(file, tokenizer, noise_frac=f) for f in (0.0, 0.3))
-    texts, documents, total, changed = texts_of(clean.train, tokenizer), runs_of(noisy.train), 0, 0
+    clean, noisy = (load(file, tokenizer, noise_frac=f, noise_by=noise_by) for f in (0.0, 0.3))
+    texts, documents, drawn = texts_of(clean.train, tokenizer), runs_of(noisy.train), []
     for text, ids, is_noise in zip(texts, documents, runs_of(noisy.train, "is_noise"), strict=True):
-        noise, rest = "", ""
+        noise, rest, changes = "", "", []
         lines = text.splitlines(keepends=True), text_of(ids, tokenizer).splitlines(keepends=True)
         for old, new in zip(*lines, strict=True):
             body, is_changed = new.rstrip("\r\n") if old != new else "", old != new
             assert len(old) == len(new) and new.endswith(old[len(body) :])  # line ends stay
             assert not is_changed or (old.strip() and re.fullmatch("[ -~]+", body))
             noise, rest = noise + body, rest + new[len(body) :]
-            total, changed = total + bool(old.strip()), changed + is_changed
+            changes += [is_changed] * bool(old.strip())
+        assert noise_by == "line" or len(set(changes)) == 1
+        drawn += changes if noise_by == "line" else changes[:1]
         assert text_of(ids[is_noise], tokenizer) == noise
         assert text_of(ids[~is_noise], tokenizer) == rest
         assert np.flatnonzero(ids == tokenizer.bos_token_id).tolist() == [0] * (tokenizer is FAST)
-    assert abs(changed / total - 0.3) < 4 * math.sqrt(0.3 * 0.7 / total) and total > 1000
+    assert abs(np.mean(drawn) - 0.3) < 4 * math.sqrt(0.3 * 0.7 / len(drawn))
+    assert len(drawn) > (1000 if noise_by == "line" else 280)
     assert not noisy.heldout[:]["is_noise"].any()
 
 
@@ -382,12 +391,15 @@ CELLS = ["NA", "null", "None", "nan", "N/A", "007", "1e5", "a,b", 'say "é"', "t
 def test_every_cell_of_a_table_is_text_and_empty_ones_are_counted(tmp_path, capsys, name):
     stream = io.StringIO()
     table = csv.writer(stream, delimiter="\t" if "TSV" in name else ",")
-    table.writerows([["prompt", "completion"], *([f"{c}?", c] for c in [*CELLS, "", ""])])
+    rows = [[f"{c}?", c, "0.5"] for c in [*CELLS, "", ""]]
+    table.writerows([["prompt", "completion", "weight"], *rows])
     content = b"\xef\xbb\xbf" + stream.getvalue().encode()  # as Excel writes it
     (tmp_path / name).write_bytes(gzip.compress(content) if ".gz" in name else content)
     loaded = load(tmp_path / name)
     assert Counter(all_records(loaded)) == Counter((f"{cell}?", cell) for cell in CELLS)
-    assert "11 document(s), 2 empty ones left out" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "11 document(s), 2 empty ones left out" in printed
+    assert "weights of its own: mean 0.5, 0.5 to 0.5 (divided by the mean)" in printed
 
 
 def test_changed_bytes_under_the_same_name_size_and_time_are_read(tmp_path):
@@ -432,12 +444,18 @@ def spaced_tokenizer():
 
 
 def test_prompt_and_completion_are_encoded_together(tmp_path):
-    """A completion gets no space of its own; a token on the border is a target, and it is said."""
+    """A completion gets no space of its own; a token on the border is a target.
+
+    Spans: of the `f`, then of `ou` and of `ur`. A token has the weight of the last that it touches,
+    the prompt and EOS that of the record.
+    """
     tokenizer = spaced_tokenizer()
-    records = [dict(prompt=f"To{n}: ", completion="four") for n in (1, 2)]
-    records += [dict(prompt=f"To{n}:", completion=" four") for n in (3, 4, 5, 6)]
-    with pytest.warns(UserWarning, match="begins inside a token"):
-        loaded = load(write(tmp_path / "a.jsonl", records), tokenizer)
+    spans, later = [[0, 1, 3], [1, 3, 0.5], [2, 4, 4]], [[1, 2, 3], [2, 4, 0.5], [3, 5, 4]]
+    records = [dict(prompt=f"To{n}: ", completion="four", weights=spans) for n in (1, 2)]
+    records += [dict(prompt=f"To{n}:", completion=" four", weights=later) for n in (3, 4, 5, 6)]
+    loaded = load(write(tmp_path / "a.jsonl", [r | {"weight": 2} for r in records]), tokenizer)
+    for row in loaded.train:
+        assert row["weight"].tolist() == [2] * 5 + [6, 1, 8, 8, 2] + [1] * 22
     for rows in (loaded.train, loaded.heldout):
         for ids, is_target in zip(runs_of(rows), runs_of(rows, "is_target")):
             tokens = tokenizer.convert_ids_to_tokens(ids)
@@ -485,13 +503,24 @@ def test_messages_go_through_the_chat_template(tmp_path, capsys):
     refused(lambda: load(mixed, tokenizer), "c.jsonl: holds messages and plain texts")
 
 
-def test_no_warning_of_documents_that_are_longer_than_the_model_reads(caplog):
-    tokenizer = fast_tokenizer("<bos> $A")
-    tokenizer.model_max_length = 4
-    transformers.utils.logging.enable_propagation()
-    common.encode(tokenizer, some_texts(2))
-    transformers.utils.logging.disable_propagation()
-    assert caplog.messages == []
+def test_weights_by_hand_and_in_the_fingerprint(tmp_path):
+    """A character is its bytes, also where noise of one byte takes its place; 1 leaves no trace."""
+    records, spans = [dict(prompt=f"{n}é?", completion="aéxb") for n in range(9)], [[1, 3, 3]]
+    variants = [{}, dict(weight=1, weights=None), dict(weights=spans)]
+    variants.append(dict(weight=0.5, weights=spans))
+    files = [tmp_path / f"{n}.jsonl" for n in range(4)]
+    for file, own in zip(files, variants):
+        write(file, [record | own for record in records])
+    without, ones, _, half = loaded = [load(file) for file in files]
+    assert ones.train.column_names == without.train.column_names
+    assert ones.fingerprint == without.fingerprint
+    assert len({data.fingerprint for data in loaded}) == 3
+    assert len({data.heldout_fingerprint for data in loaded}) == 1
+    assert "weight" not in half.heldout.column_names
+    noisy = load(files[3], noise_frac=1.0, noise_by="byte")
+    for rows, inside in ((half.train, 3), (noisy.train, 2)):
+        expected = [0.5] * 5 + [1.5] * inside + [0.5] * 2 + [1] * (25 - inside)
+        assert rows["weight"][:].tolist() == [expected] * len(rows)
 
 
 def test_columns_of_alpaca(tmp_path):
@@ -602,10 +631,7 @@ UNUSABLE = {  # what the message says: name and content of the file
     "row 1: cannot be read (TypeError: the column instruction": [{"instruction": 3, "output": "b"}],
     "row 1: cannot be read (ValueError: invalid literal": [RECORD | {"fault_start": "x"}],
     "row 1: cannot be read (ValueError: columns body, title;": [{"body": "x", "title": "y"}],
-    "row 2: cannot be read (TypeError: the column text holds int 42,": [
-        {"text": "a"},
-        {"text": 42},
-    ],
+    "row 1: cannot be read (TypeError: the column text holds int 42,": [{"text": 42}],
     "the column completion holds list ['b'], not": [RECORD | {"completion": ["b"]}],
     "row 2: cannot be read (ValueError: columns b;": '{"text": "a"}\n["b"]\n',
     "cannot be read (SchemaInferenceError: Please pass `features` or at least one example": "\n",
@@ -614,6 +640,19 @@ UNUSABLE = {  # what the message says: name and content of the file
     "row 1: cannot be read (ValueError: the reward 1.5": [RECORD | {"reward": 1.5}],
     "could not convert string to float: 'x'": [RECORD | {"reward": "x"}],
     "1 of 2 documents have no reward; --reward-model": [RECORD | {"reward": r} for r in (None, 1)],
+    "the weight -0.5 is no number from 0": [RECORD | {"weight": -0.5}],
+    "the weight nan is no number from 0": '{"text": "a", "weight": NaN}',
+    "the weight inf is no number from 0": '{"text": "a", "weight": Infinity}',
+    "could not convert string to float: 'much'": [RECORD | {"weight": "much"}],
+    "weights: [0, 1] is not [start, end, weight]": [RECORD | {"weights": [[0, 1]]}],
+    "weights: [0, 1, 'x'] is not [start, end,": [RECORD | {"weights": [[0, 1, "x"]]}],
+    "weights: [0, 1, -2] is not [start, end,": [RECORD | {"weights": [[0, 1, 3], [0, 1, -2]]}],
+    "weights: [0, 1, nan] is not [start, end,": [RECORD | {"weights": [[0, 1, math.nan]]}],
+    "weights: [1, 1, 2] is not [start, end,": [RECORD | {"weights": [[1, 1, 2]]}],
+    "[0, 2, 2] is not [start, end, weight]: 1 characters": [RECORD | {"weights": [[0, 2, 2]]}],
+    "give one weight a row": [{"messages": [{"role": "user"}], "weights": [[0, 1, 2]]}],
+    "the weights of all training targets are 0": [RECORD | dict(weight=0, prompt=p) for p in "abc"],
+    "holds one text": [{"text": "a longer text", "weights": [[0, 1, 2]]}],
     "with a reward above 0.5": [RECORD | dict(reward=0, prompt=p) for p in "abc"],
 }
 
