@@ -239,7 +239,8 @@ def test_noise_is_flagged_where_lines_differ(tmp_path, noise_by, tokenizer):
     file = write(tmp_path / "a.jsonl", some_texts(300))
     clean, noisy = (load(file, tokenizer, noise_frac=f, noise_by=noise_by) for f in (0.0, 0.3))
     texts, documents, drawn = texts_of(clean.train, tokenizer), runs_of(noisy.train), []
-    for text, ids, is_noise in zip(texts, documents, runs_of(noisy.train, "is_noise"), strict=True):
+    flags = runs_of(noisy.train, "is_noise")
+    for number, (text, ids, is_noise) in enumerate(zip(texts, documents, flags, strict=True)):
         noise, rest, changes = "", "", []
         lines = text.splitlines(keepends=True), text_of(ids, tokenizer).splitlines(keepends=True)
         for old, new in zip(*lines, strict=True):
@@ -250,6 +251,9 @@ def test_noise_is_flagged_where_lines_differ(tmp_path, noise_by, tokenizer):
             changes += [is_changed] * bool(old.strip())
         assert noise_by == "line" or len(set(changes)) == 1
         drawn += changes if noise_by == "line" else changes[:1]
+        key, document = (0, number), SimpleNamespace(prompt="", completion=text)
+        pieces = common._pieces(document, 0.3, noise_by, key)  # of seed and number alone
+        assert text_of(ids, tokenizer) == "".join(piece for piece, _ in pieces)
         assert text_of(ids[is_noise], tokenizer) == noise
         assert text_of(ids[~is_noise], tokenizer) == rest
         assert np.flatnonzero(ids == tokenizer.bos_token_id).tolist() == [0] * (tokenizer is FAST)
@@ -260,9 +264,8 @@ def test_noise_is_flagged_where_lines_differ(tmp_path, noise_by, tokenizer):
 
 def test_noise_by_byte_replaces_single_characters(tmp_path):
     """Against the clean text, character by character: blank ones stay, the share is that asked."""
-    file = write(
-        tmp_path / "a.jsonl", [t.encode("ascii", "replace").decode() for t in some_texts(300)]
-    )
+    texts = [t.encode("ascii", "replace").decode() for t in some_texts(300)]
+    file = write(tmp_path / "a.jsonl", texts)
     clean, noisy = (load(file, noise_frac=f, noise_by="byte").train for f in (0.0, 0.3))
     old_N, new_N, is_noise_N = clean[:]["input_ids"], noisy[:]["input_ids"], noisy[:]["is_noise"]
     is_text_N = (clean[:]["document"] >= 0) & (old_N > ord(" ") + 3)  # a byte's id is byte + 3
@@ -292,18 +295,6 @@ def test_noise_by_line_is_drawn_as_it_always_was():
     assert digest.startswith("df36663d06cc1bdf")  # of the first version of this noise
 
 
-def test_noise_is_in_completions_and_a_function_of_seed_and_document(tmp_path):
-    file = write(tmp_path / "a.jsonl", [mbpp_task(n) for n in (511, *range(601, 640))])
-    variants = [{}, {}, dict(tokenizer=FAST, seq_len=310), dict(seed=1), dict(noise_frac=0)]
-    defaults = dict(tokenizer=BYTES, seq_len=300, noise_frac=0.5)
-    rows = [
-        records_of(load(file, **defaults | v).train, v.get("tokenizer", BYTES)) for v in variants
-    ]
-    assert rows[0] == rows[1] == rows[2]
-    assert rows[0] != rows[3] and rows[0] != rows[4]
-    assert [p for p, _ in rows[0]] == [p for p, _ in rows[4]]
-
-
 def test_the_cache_is_read_again_and_never_for_other_rows(tmp_path, cache):
     file = write(tmp_path / "a.jsonl", some_texts(60))
     other = fast_tokenizer("<bos> $A")  # only the template differs
@@ -315,13 +306,13 @@ def test_the_cache_is_read_again_and_never_for_other_rows(tmp_path, cache):
     for before, variant in zip(rows, variants):
         assert load(file, **variant).train.cache_files == before.cache_files
     assert {f: f.stat().st_mtime_ns for f in (cache / "wmtp").iterdir()} == times
-    write(file, some_texts(59))
+    stamps = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    write(file, [text.replace("file", "list") for text in some_texts(60)])  # of the same size
+    os.utime(file, ns=stamps)
     assert load(file).train.cache_files != rows[0].cache_files
 
 
-def test_after_an_edit_of_the_code_that_makes_them_documents_and_rows_are_made_anew(
-    tmp_path, monkeypatch
-):
+def test_after_an_edit_of_the_code_documents_and_rows_are_made_anew(tmp_path, monkeypatch):
     file = write(tmp_path / "a.jsonl", ["a", "b"])
     assert all_texts(load(file)) == Counter("ab")
 
@@ -332,9 +323,8 @@ def test_after_an_edit_of_the_code_that_makes_them_documents_and_rows_are_made_a
     assert all_texts(load(file)) == Counter(["aa", "bb"])
     (tmp_path / "common.py").write_text("edited")
     monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
-    monkeypatch.setattr(
-        common, "_documents_of_row", lambda row, _: [{"completion": row["text"] + "c"}]
-    )
+    longer = lambda row, _: [{"completion": row["text"] + "c"}]  # noqa: E731
+    monkeypatch.setattr(common, "_documents_of_row", longer)
     assert all_texts(load(file)) == Counter(["acac", "bcbc"])
 
 
@@ -400,16 +390,6 @@ def test_every_cell_of_a_table_is_text_and_empty_ones_are_counted(tmp_path, caps
     printed = capsys.readouterr().out
     assert "11 document(s), 2 empty ones left out" in printed
     assert "weights of its own: mean 0.5, 0.5 to 0.5 (divided by the mean)" in printed
-
-
-def test_changed_bytes_under_the_same_name_size_and_time_are_read(tmp_path):
-    file = write(tmp_path / "a.jsonl", [f"{n} one" for n in range(9)])
-    before, times = load(file), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
-    write(file, [f"{n} two" for n in range(9)])
-    os.utime(file, ns=times)
-    after = load(file)
-    assert all_texts(after) == Counter(f"{n} two" for n in range(9))
-    assert after.fingerprint != before.fingerprint
 
 
 # ------------------------------------------------------------------------------ special tokens
@@ -518,6 +498,7 @@ def test_weights_by_hand_and_in_the_fingerprint(tmp_path):
     assert len({data.heldout_fingerprint for data in loaded}) == 1
     assert "weight" not in half.heldout.column_names
     noisy = load(files[3], noise_frac=1.0, noise_by="byte")
+    assert {prompt for prompt, _ in all_records(noisy)} == {r["prompt"] for r in records}
     for rows, inside in ((half.train, 3), (noisy.train, 2)):
         expected = [0.5] * 5 + [1.5] * inside + [0.5] * 2 + [1] * (25 - inside)
         assert rows["weight"][:].tolist() == [expected] * len(rows)
@@ -532,12 +513,6 @@ def test_columns_of_alpaca(tmp_path):
 
 
 # -------------------------------------------------------------------------- records with outcomes
-def mbpp_task(number):
-    code = f"def f{number}(x):\r\n  y = x\r\n  return y + {number}"
-    tests = [f"assert f{number}({n}) == {n}" for n in range(3)]
-    return dict(task_id=number, text=f"Write function {number}.", code=code, test_list=tests)
-
-
 @pytest.mark.skipif(not MBPP.is_file(), reason="the MBPP file is not beside the project")
 def test_mbpp():
     tasks = {t["task_id"]: t for t in map(json.loads, MBPP.read_text().splitlines())}
@@ -574,9 +549,7 @@ def test_the_fault_of_a_broken_function_by_hand():
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, FAST], ids=["bytes", "fast"])
-def test_rows_hold_records_and_their_faults_and_long_ones_are_counted(
-    tmp_path, monkeypatch, capsys, tokenizer
-):
+def test_rows_hold_records_and_faults_and_long_ones_are_counted(monkeypatch, capsys, tokenizer):
     texts = common.stdlib_texts()[::80]
     monkeypatch.setattr(common, "stdlib_texts", lambda: texts)
     loaded = load("stdlib-bugs", tokenizer, 200)

@@ -417,32 +417,32 @@ def test_runs_side_by_side(trained, evaluated, tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------- bad input
-@pytest.mark.parametrize(
-    "values, words",
-    [
-        (dict(run_dir="nowhere"), ("--run-dir nowhere", "args.json")),
-        (dict(suites=["mbpp"], temperature=0.0), ("--n 20", "--n 1")),
-        (dict(compare=["a", "b"]), ("--compare a", "not evaluated")),
-        (dict(suites=["humaneval"], sandbox="none"), ("--i-understand-untrusted-code",)),
-    ],
-)
+BAD = [
+    (dict(run_dir="nowhere"), ("--run-dir nowhere", "args.json")),
+    (dict(suites=["mbpp"], temperature=0.0), ("--n 20", "--n 1")),
+    (dict(compare=["a", "b"]), ("--compare a", "not evaluated")),
+    (dict(suites=["humaneval"], sandbox="none"), ("--i-understand-untrusted-code",)),
+]
+
+
+@pytest.mark.parametrize("values, words", BAD)
 def test_bad_input_is_one_line(values, words, material, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     refused(lambda: run(**values), *words)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "suite, text, word",
-    [
-        ("mbpp", '{"task_id": 2, "text": "a"}\n', "lacks columns or tasks of mbpp"),
-        ("mbpp", "\n".join(map(json.dumps, [*TASKS, TASKS[1]])), "a task occurs twice"),
-        ("mbpp", json.dumps(TASKS[0]), "--shots 0"),
-    ],
-)
-def test_problems_that_cannot_be_used_are_named(suite, text, word, material, tmp_path):
+BAD_TASKS = [
+    ('{"task_id": 2, "text": "a"}\n', "lacks columns or tasks of mbpp"),
+    ("\n".join(map(json.dumps, [*TASKS, TASKS[1]])), "a task occurs twice"),
+    (json.dumps(TASKS[0]), "--shots 0"),
+]
+
+
+@pytest.mark.parametrize("text, word", BAD_TASKS)
+def test_problems_that_cannot_be_used_are_named(text, word, material, tmp_path):
     (tmp_path / "p.jsonl").write_text(text)
-    refused(lambda: load_problems(suite, tmp_path / "p.jsonl"), word, "p.jsonl")
+    refused(lambda: load_problems("mbpp", tmp_path / "p.jsonl"), word, "p.jsonl")
 
 
 def test_what_does_not_fit_the_run_is_refused(trained, tmp_path):

@@ -305,8 +305,8 @@ def test_the_objective_with_weights_in_the_data_equals_a_slow_loop(runs, tmp_pat
     ids, document = (rows[:][column].ravel().tolist() for column in ("input_ids", "document"))
     raw, first = [], {}
     for token, number in zip(ids, document):
-        doubled = 1 + (first.setdefault(number, token) - 3 in b"d1")
-        raw.append(doubled * (3 if token - 3 == ord("e") else 1))
+        doubled = 1 + (first.setdefault(number, token) in (ord("d") + 3, ord("1") + 3))
+        raw.append(doubled * (3 if token == ord("e") + 3 else 1))
     places = [j for j in range(len(ids)) if j % 32 and document[j] == document[j - 1] >= 0]
     mean = sum(raw[j] for j in places) / len(places)
     assert 1.1 < mean and max(raw) == 6
@@ -525,9 +525,8 @@ def test_a_checkpoint_store_alone_resumes_and_refuses_another_run(runs, tmp_path
 
 def test_a_snapshot_is_not_changed_by_later_updates(tmp_path):
     model = torch.nn.Linear(500, 500)
-    optimizer = common.make_optimizer(
-        model, SimpleNamespace(lr=0.1, heads_lr=0.1, weight_decay=0.0)
-    )
+    args = SimpleNamespace(lr=0.1, heads_lr=0.1, weight_decay=0.0)
+    optimizer = common.make_optimizer(model, args)
     checkpoints = common.Checkpoints(tmp_path, {}, 0, common.Ranks())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     checkpoints.save(1, model, optimizer, b"line\n")
