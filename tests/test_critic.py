@@ -281,7 +281,6 @@ def test_controls_stay_inside_of_completions(critic):
     for b in range(10):
         a, c = (weight_BT[b][valid_BT[b]].sort().values for weight_BT in (plain_BT, shuffled_BT))
         torch.testing.assert_close(a, c, rtol=1e-5, atol=0)
-    assert drawn_BT[valid_BT].mean().item() == pytest.approx(1, abs=1e-5)
     assert (drawn_BT[~valid_BT] == 1).all()
 
 

@@ -412,8 +412,7 @@ def test_runs_side_by_side(trained, evaluated, tmp_path, capsys):
     assert lines["heldout/loss_head_2"][2:5] == ["-"] * 3
     assert {line for line in lines if "." in line} == {"training.lr", "heldout.seq_len"}
     assert lines["training.lr"] == ["0.01", "0.5"] and lines["heldout.seq_len"] == ["0", "32"]
-    notes = printed.splitlines()[-5:]
-    assert all(len(line) < 80 for line in notes) and "none below 10" in printed
+    assert "none below 10" in printed
 
 
 # ------------------------------------------------------------------------------------- bad input

@@ -61,8 +61,7 @@ class Runs:
         elif name == "rho1":
             values.update(ref_model=self.straight("baseline"))
         elif name == "grad":  # killed after update 3: between two clean batches
-            target = dict(target=self.folder / "records.jsonl", target_every=2, start=3)
-            values.update(target)
+            values.update(target=self.folder / "records.jsonl", target_every=2, start=3)
         else:
             values.update(data=self.folder / "records.jsonl", value_batches=1)
         values.update(changes)
