@@ -3,7 +3,7 @@
 H heads on one trunk predict the next H tokens at once (Gloeckle et al. 2024,
 https://arxiv.org/abs/2404.19737, eq. 2):
 
-    L = 1/N * sum_t sum_k  m[t,k] * w[t+k] * CE[t,k]          with w = 1
+    L = 1/N * sum_t sum_k  m[t,k] * w[t+k] * CE[t,k]     with w = 1, or the data's weights
 
     symbol   variable       meaning
     CE[t,k]  loss_KBT       cross entropy (nats) of head k at position t for the token k places on
@@ -64,7 +64,7 @@ class Args:
     heldout_data: str = ""  # held-out documents, named as --data; empty: a part of --data
     seq_len: int = 256  # tokens a row
     noise_frac: float = 0.0  # share of the training text replaced by random characters
-    noise_by: Literal["line", "byte"] = "line"  # what is replaced: whole lines, single characters
+    noise_by: Literal["line", "byte", "document"] = "line"  # lines, characters, whole documents
 
     # Optimisation
     batch_size: int = 4  # rows an update, over all ranks and micro-steps
@@ -98,8 +98,8 @@ class Args:
 
 # ------------------------------------------------------------------------------------- algorithm
 def token_weights(batch, loss_KBT):
-    """Weight of every token, `[B, T]`: 1."""
-    return torch.ones_like(batch.x_BT, dtype=torch.float32)
+    """Weight of every token, `[B, T]`: 1, or what the data says."""
+    return batch.weight_BT
 
 
 # ------------------------------------------------------------------------------------------ main

@@ -59,7 +59,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial
-from tqdm import tqdm
 from transformers.cache_utils import Cache
 from transformers.generation.logits_process import TopPLogitsWarper
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -153,18 +152,14 @@ def is_fresh(name):
 
 
 def check_run_args(args):
-    """Refuse arguments that are out of range, and set the rates that are None.
-
-    `--lr`: 3e-3 from scratch, 1e-5 with weights. `--heads-lr`: 1e-3 where heads are added to a
-    model with weights (SmolLM2-135M after 20 updates: head 2 at 6.3 nats, 9.0 at 1e-5).
-    """
+    """Refuse arguments that are out of range, and set the rates that are None."""
     fresh = is_fresh(args.model)
     if args.train == "heads" and (fresh or args.num_heads < 2):
         flags = f"--model {args.model} --num-heads {args.num_heads}"
         raise UsageError(f"--train heads: {flags}; needs a model with weights and 2 heads or more")
     if args.lr is None:
         args.lr = 3e-3 if fresh else 1e-5
-    if args.heads_lr is None:
+    if args.heads_lr is None:  # SmolLM2-135M after 20 updates: head 2 at 6.3 nats, 9.0 at 1e-5
         has_heads = fresh or Path(model_dir(args.model), HEADS_FILE).exists()
         args.heads_lr = args.lr if has_heads and args.train == "all" else 1e-3
     names = "seed lr heads_lr weight_decay grad_clip warmup_steps eval_every eval_rows save_every"
@@ -227,17 +222,7 @@ class Ranks:
 
 
 def setup_ranks(device, dtype):
-    """Join torchrun's process group (without torchrun: one process); choose device and dtype.
-
-    `dtype="auto"` is bf16 on a GPU that has it and fp32 elsewhere, so a command gives the same
-    numbers on any CPU.
-    """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of torchrun
-    missing = ", ".join(name for name in names if name not in os.environ)
-    for name in names[:2]:
-        if missing and name in os.environ:
-            text = f"is set without {missing}; unset it, or start by torchrun"
-            raise UsageError(f"{name}={os.environ[name]} in the environment {text}")
+    """Join torchrun's process group (without torchrun: one process); choose device and dtype."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device != "cpu" and not getattr(torch, device).is_available():
@@ -246,8 +231,9 @@ def setup_ranks(device, dtype):
         has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bf16" if has_bf16 else "fp32"
     ranks = Ranks(device=torch.device(device))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of torchrun
     ranks.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
-    if not missing:
+    if all(name in os.environ for name in names):
         ranks.rank, ranks.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device == "cuda":
         ranks.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -541,10 +527,7 @@ def control_weights(u_N, control, key, row_N=None):
 
 
 def active_heads(schedule, step, max_steps, num_heads):
-    """How many heads, 1..k, train in update `step` (0-based): the curricula of 2505.22757.
-
-    `constant`: all. `forward`: 1, 2, .. H in equal parts of the run. `reverse`: H, .. 2, 1.
-    """
+    """How many heads, 1..k, train in update `step` (0-based): the curricula of 2505.22757."""
     part = min(num_heads - 1, step * num_heads // max_steps)
     return {"constant": num_heads, "forward": 1 + part, "reverse": num_heads - part}[schedule]
 
@@ -720,7 +703,6 @@ def build_model(name, num_heads, seq_len=None, recompute="none"):
     else:
         folder, model = model_dir(name), load_mtp(name, num_heads)
     tokenizer = load_tokenizer(folder, model)
-    check_read_back(name, tokenizer)
     longest = max_positions(model.causal_lm.config)
     if seq_len is not None and seq_len > longest:
         raise UsageError(f"--seq-len {seq_len}: --model {name} has {longest} positions at most")
@@ -768,20 +750,7 @@ def load_tokenizer(folder=None, model=None):
     if not 0 <= rows - entries < 1024:  # families pad: by 399 in Qwen2.5-7B
         sizes = f"its vocabulary has {rows} entries, its tokenizer {entries}"
         raise UsageError(f"--model {folder}: {sizes}; name a folder whose tokenizer is its own")
-    if entries < rows and int(os.environ.get("RANK", 0)) == 0:
-        print(f"tokenizer {entries} entries, fewer than the model's {rows} rows", flush=True)
     return tokenizer
-
-
-def check_read_back(name, tokenizer):
-    """Refuse a tokenizer that is another one after it was saved and read back, as a run's is."""
-    sample = Path(__file__).read_text()[:4000] + "caf\u00e9 \u65e5\u672c\t\r\n"
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        same = load_tokenizer(folder)
-        if same(sample) != tokenizer(sample) or same.get_vocab() != tokenizer.get_vocab():
-            other = "its tokenizer gives other tokens after it was saved and read back"
-            raise UsageError(f"--model {name}: {other}")
 
 
 def from_config(config, num_heads):
@@ -897,6 +866,7 @@ def full_state(module):
 # --------------------------------------------------------------------------------------------- data
 PRESETS = ("stdlib", "stdlib:a", "stdlib:b", "stdlib-bugs", "mbpp", "sums")
 CORRECT = 0.5  # a record is correct if its reward is above
+LARGEST_WEIGHT = 1e9  # of a record or a span in the data
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXTS = """.txt .md .rst .tex .py .pyi .c .h .cc .cpp .hpp .cu .cs .java .kt .scala .swift .js .ts
     .jsx .tsx .go .rs .rb .php .pl .lua .jl .r .sh .sql .html .css .xml .yaml .yml .toml""".split()
@@ -904,7 +874,7 @@ LAYOUTS = "task_id text code test_list, messages, instruction input output, inst
 LAYOUTS += "prompt completion, text, content"  # columns of a row; the first that are there count
 DOCUMENT = {  # columns of a document, and what they hold where a source does not have them
     "prompt": "", "completion": "", "is_chat": False, "reward": math.nan, "part": "",
-    "group": "", "sibling": "", "fault_start": -1, "fault_end": -1,
+    "group": "", "sibling": "", "fault_start": -1, "fault_end": -1, "weight": 1.0, "weights": "[]",
 }  # fmt: skip
 
 
@@ -915,7 +885,7 @@ class Data:
     Columns of `train` and `heldout`: `input_ids`, `document` (number of a token's document, -1
     padding), `is_target` (False in prompts and padding), `is_noise` (True where `--noise-frac` put
     it, and in a record's known fault); of records with outcomes also `reward` and `sibling` (number
-    of their task).
+    of their task); of training data with weights also `weight` of a token and `weight_mean`.
     """
 
     train: datasets.Dataset  # of records with outcomes the correct ones
@@ -937,12 +907,17 @@ def load_data(args, tokenizer, ranks, score=None):
     Args:
         args.data: a preset, a file, a glob, a URL, a folder of texts, or a hub name. Rows have
             `text` or `content`; `prompt` and `completion` (texts, or messages) and perhaps `reward`
-            from 0 to 1; `messages`; or `instruction`, `input` and `output`.
+            from 0 to 1; `messages`; or `instruction`, `input` and `output`. They may have weights
+            from 0 on, which multiply those of every algorithm: `weight` of the row, EOS too, times
+            `weights`, spans `[start, end, weight]` of characters of the completion or text (1
+            outside; the last counts of those that overlap a token). In batches they are divided,
+            once, by the mean over head 1's targets in all of `train`: dividing in a micro-step
+            would cancel the weight of a record alone in it. Held-out figures have none.
         args.heldout_data: held-out documents, named so too; empty: a part of `args.data`.
         args.seed: fixes which documents are held out. `stdlib:a` and `stdlib:b` train on one half
             each of what `stdlib` trains on with seed 0, and hold out the same, whatever the seed.
-        args.noise_frac: share of the non-blank training lines, or with `args.noise_by` "byte" of
-            the characters, replaced by random characters.
+        args.noise_frac: share of the non-blank training lines replaced by random characters; with
+            `args.noise_by` "byte" of the characters, with "document" of the documents, every line.
         score: `score(prompts, completions)` gives the rewards `[N]` of records without one.
 
     Raises:
@@ -967,7 +942,9 @@ def _load_data(args, tokenizer, score):
     rows, fingerprints = {}, []
     for part in ("training", "held-out"):
         chosen = documents[documents["part"] == part].fillna({"reward": 1.0})
-        noise = (args.noise_frac, args.noise_by, args.seed) if part == "training" else (0, "", 0)
+        noise = (args.noise_frac, args.noise_by, args.seed)
+        if part == "held-out":
+            chosen, noise = chosen.assign(weight=1.0, weights="[]"), (0, "", 0)
         packed = _pack(chosen, is_packed, tokenizer, args.seq_len, noise)
         kept = chosen
         if not is_packed:
@@ -984,6 +961,10 @@ def _load_data(args, tokenizer, score):
             packed = packed.add_column("reward", kept["reward"].to_numpy())
             packed = packed.add_column("sibling", kept["sibling"].to_numpy())
             fingerprints.append(digest(kept["reward"].tolist()))
+        if "weight" in packed.column_names:
+            mean = _mean_weight(packed.with_format("numpy"), args.data)
+            packed = packed.add_column("weight_mean", np.full(len(packed), mean))
+            fingerprints.append(digest(chosen[["weight", "weights"]].to_numpy().tolist()))
         rows[part] = packed.with_format("numpy")
 
     train = records = rows["training"]
@@ -1005,6 +986,19 @@ def _load_data(args, tokenizer, score):
         heldout_tokens=int(is_measured_NT.sum()),
         zlib_bits_per_byte=8 * len(zlib.compress(stream, 9)) / len(stream),
     )
+
+
+def _mean_weight(rows, name):
+    """Mean of the data's own weights over all targets of head 1; says what it found."""
+    blocks = np.array_split(np.arange(len(rows)), 1 + len(rows) // 1000)
+    batches = (load_batch(rows, block, 1, "cpu") for block in blocks)
+    weights = [b.weight_BT[:, 1:][b.targets_KBT[0, :, :-1] != IGNORE] for b in batches]
+    weight_N = torch.cat(weights).double()
+    mean, limits = weight_N.mean().item(), f"{weight_N.min():.3g} to {weight_N.max():.3g}"
+    if mean == 0:
+        raise UsageError(f"--data {name}: the weights of all training targets are 0")
+    print(f"data      weights of its own: mean {mean:.3g}, {limits} (divided by the mean)")
+    return mean
 
 
 def digest(value):
@@ -1084,8 +1078,8 @@ def _split(documents, seed, name):
 def _read_documents(name, tokenizer):
     """Documents of `--data` as a table with the columns of DOCUMENT, cached.
 
-    It says what was read and how many documents are empty; those are left out. A single text is cut
-    into 100 documents of one length, so that some can be held out.
+    It says what was read and how many documents are empty; those are left out. A single text
+    without spans is cut into 100 documents of one length, so that some can be held out.
     """
     with errors_as(f"--data {name}: cannot be read"):
         kind, content, sources = _source(name)
@@ -1111,7 +1105,7 @@ def _read_documents(name, tokenizer):
         notes += f", {num_marked:,} end in {eos} as text, and EOS follows"
     start = repr((prompt + text)[:60])  # no control characters for the terminal
     print(f"data      read as {kind}: {len(table):,} document(s){notes}; the first: {start}")
-    if len(table) == 1 and not prompt:
+    if len(table) == 1 and not prompt and table["weights"][0] == "[]":
         cuts = np.linspace(0, len(text), 101).astype(int)
         pieces = [text[a:b] for a, b in itertools.pairwise(cuts) if a < b]
         table = table.loc[[0] * len(pieces)].assign(completion=pieces).reset_index(drop=True)
@@ -1190,12 +1184,20 @@ def _documents_of_row(row, tokenizer):
     layouts = [names.split() for names in LAYOUTS.split(",")]
     layout = next((names for names in layouts if set(names) <= set(row)), None)
     if layout is None or None in row:  # csv: None holds the cells that have no column
-        raise ValueError(
-            f"columns {', '.join(map(str, row))}; needs text, or prompt and completion"
-        )
-    if "task_id" in layout:
-        return [mbpp_record(row)]
+        names = ", ".join(map(str, row))
+        raise ValueError(f"columns {names}; needs text, or prompt and completion")
     is_chat = isinstance(row[layout[0]], list)
+    extra = {"is_chat": is_chat}
+    for column in ("group", "sibling", "fault_start", "fault_end", "reward", "weight"):
+        if row.get(column) not in (None, ""):
+            extra[column] = type(DOCUMENT[column])(row[column])
+    for column, limit in (("reward", 1), ("weight", LARGEST_WEIGHT)):
+        if not 0 <= extra.get(column, 0) <= limit:
+            raise ValueError(f"the {column} {row[column]} is no number from 0 to {limit:g}")
+    if row.get("weights") and (is_chat or "task_id" in layout):
+        raise ValueError("weights: the text of such rows is written anew; give one weight a row")
+    if "task_id" in layout:
+        return [extra | mbpp_record(row)]
     for column in layout:
         if not isinstance(row[column], list if is_chat else str | None):
             held = f"{type(row[column]).__name__} {repr(row[column])[:40]}"
@@ -1212,13 +1214,22 @@ def _documents_of_row(row, tokenizer):
     if is_chat:
         pairs = [_chat_texts(*pair, tokenizer) for pair in pairs]
     "".join(itertools.chain(*pairs)).encode()  # fails at half of a surrogate pair
-    extra = {"is_chat": is_chat}
-    for column in ("group", "sibling", "fault_start", "fault_end", "reward"):
-        if row.get(column) not in (None, ""):
-            extra[column] = type(DOCUMENT[column])(row[column])
-    if not 0 <= extra.get("reward", 0) <= 1:
-        raise ValueError(f"the reward {row['reward']} is no number from 0 to 1")
+    for span in row.get("weights") or []:
+        if not _is_span(span, len(answer)):
+            needed = f"[start, end, weight]: {len(answer)} characters, 0 to {LARGEST_WEIGHT:g}"
+            raise ValueError(f"weights: {span} is not {needed}")
+    extra["weights"] = json.dumps(row.get("weights") or [])
     return [extra | {"prompt": prompt, "completion": text} for prompt, text in pairs or [("", "")]]
+
+
+def _is_span(span, length):
+    """Whether it is `[start, end, weight]` of a text of so many characters."""
+    is_triple = isinstance(span, list) and len(span) == 3
+    if not is_triple or not all(isinstance(number, int | float) for number in span):
+        return False
+    start, end, weight = span
+    is_inside = 0 <= start < end <= length and start % 1 == end % 1 == 0
+    return is_inside and 0 <= weight <= LARGEST_WEIGHT
 
 
 def _chat_texts(prompt, completion, tokenizer):
@@ -1349,24 +1360,27 @@ def _pack(documents, is_packed, tokenizer, seq_len, noise):
     its own, padded, and is left out if it does not fit.
     """
     columns = dict(input_ids="int32", document="int32", is_target="bool", is_noise="bool")
-    padding_41 = np.array([[tokenizer.pad_token_id or 0], [-1], [0], [0]], np.int32)
-    rest_4N = np.zeros((4, 0), np.int32)  # tokens that fill no row yet
+    if (documents["weight"] != 1).any() or (documents["weights"] != "[]").any():
+        columns["weight"] = "float32"
+    padding_51 = np.array([[tokenizer.pad_token_id or 0], [-1], [0], [0], [1]])
+    rest_5N = np.zeros((5, 0))  # tokens that fill no row yet
 
-    def padded(tokens_4N):
-        missing = -tokens_4N.shape[1] % seq_len
-        return np.concatenate([tokens_4N, padding_41.repeat(missing, 1)], 1)
+    def padded(tokens_5N):
+        missing = -tokens_5N.shape[1] % seq_len
+        return np.concatenate([tokens_5N, padding_51.repeat(missing, 1)], 1)
 
     def rows_of(batch, numbers):
-        nonlocal rest_4N
+        nonlocal rest_5N
         tokens = [*_tokens(pd.DataFrame(dict(batch)), numbers, tokenizer, *noise)]
         if not is_packed:
-            tokens = [padded(tokens_4N) for tokens_4N in tokens if tokens_4N.shape[1] <= seq_len]
-        tokens_4N = np.concatenate([rest_4N, *tokens], 1)
+            tokens = [padded(tokens_5N) for tokens_5N in tokens if tokens_5N.shape[1] <= seq_len]
+        tokens_5N = np.concatenate([rest_5N, *tokens], 1)
         if numbers[-1] == len(documents) - 1:
-            tokens_4N = padded(tokens_4N)
-        whole = tokens_4N.shape[1] // seq_len * seq_len
-        rest_4N = tokens_4N[:, whole:]
-        return dict(zip(columns, tokens_4N[:, :whole].reshape(4, -1, seq_len)))
+            tokens_5N = padded(tokens_5N)
+        whole = tokens_5N.shape[1] // seq_len * seq_len
+        rest_5N = tokens_5N[:, whole:]
+        values = tokens_5N[:, :whole].reshape(5, -1, seq_len)
+        return {c: values_NT.astype(t) for (c, t), values_NT in zip(columns.items(), values)}
 
     rules = [inspect.getsource(rule) for rule in (_pack, _tokens, encode, encode_spans, _pieces)]
     inputs = [_tokenizer_fingerprint(tokenizer), documents.to_dict("list"), is_packed, seq_len]
@@ -1380,7 +1394,7 @@ def _pack(documents, is_packed, tokenizer, seq_len, noise):
 
 
 def _tokens(documents, numbers, tokenizer, noise_frac, noise_by, seed):
-    """Yield the tokens of each document, `[4, N]`: id, document, is_target, is_noise.
+    """Yield the tokens of each document, `[5, N]`: id, document, is_target, is_noise, weight.
 
     Prompt and completion are encoded together. A token on their border is a target.
     """
@@ -1399,18 +1413,18 @@ def _tokens(documents, numbers, tokenizer, noise_frac, noise_by, seed):
             start += len(text)
         ids_N, begin_N, end_N, is_noise_N = np.concatenate(parts, 1)
         is_target_N = (end_N > 0) | (document.prompt == "")
-        if (is_target_N & (begin_N < 0)).any():
-            warnings.warn(
-                "a completion begins inside a token of the prompt: a target", stacklevel=1
-            )
         if document.fault_start >= 0:
             is_noise_N |= (end_N > document.fault_start) & (begin_N < document.fault_end)
-        tokens_4N = np.zeros((4, len(prefix) + len(ids_N) + 1), np.int32)
-        tokens_4N[0] = [*prefix, *ids_N, tokenizer.eos_token_id]
-        tokens_4N[1] = number
-        tokens_4N[2, len(prefix) :] = [*is_target_N, True]
-        tokens_4N[3, len(prefix) : -1] = is_noise_N
-        yield tokens_4N
+        tokens_5N = np.zeros((5, len(prefix) + len(ids_N) + 1))
+        tokens_5N[0] = np.concatenate([prefix, ids_N, [tokenizer.eos_token_id]])
+        tokens_5N[1] = number
+        tokens_5N[2, len(prefix) :] = np.append(is_target_N, True)
+        tokens_5N[3, len(prefix) : -1] = is_noise_N
+        tokens_5N[4] = document.weight
+        for first, end, weight in json.loads(document.weights):
+            is_inside_N = (end_N > first) & (begin_N < end)
+            tokens_5N[4, len(prefix) : -1][is_inside_N] = document.weight * weight
+        yield tokens_5N
 
 
 def encode(tokenizer, texts, special_tokens=False):
@@ -1442,14 +1456,16 @@ def encode_spans(tokenizer, texts, is_chat=False):
 def _pieces(document, noise_frac, noise_by, key):
     """The document's text in pieces, each with a flag of noise.
 
-    That share of the completion's non-blank lines (`noise_by` "line") or characters ("byte") is
-    noise. No token crosses the border of noise: what lies between is encoded by itself.
+    That share of the completion's non-blank lines (`noise_by` "line"), of its characters ("byte")
+    or of all documents is noise. No token crosses the border of noise.
     """
     if not noise_frac:
         return [(document.prompt + document.completion, False)]
     random, pieces = np.random.default_rng(key), [[document.prompt, False]]
     text = document.completion
-    for unit in text.splitlines(keepends=True) if noise_by == "line" else text:
+    if noise_by == "document":
+        noise_frac = float(random.random() < noise_frac)
+    for unit in text if noise_by == "byte" else text.splitlines(keepends=True):
         body = unit.rstrip("\r\n")
         if body.strip() and random.random() < noise_frac:
             noise = bytes(random.integers(32, 127, len(body), np.uint8)).decode()
@@ -1481,6 +1497,7 @@ class Batch:
     is_noise_BT: torch.Tensor  # True for noise (--noise-frac) and for a record's known fault
     completion_BT: torch.Tensor = None  # True for tokens that are no prompt and no padding
     reward_B: torch.Tensor = None  # outcome, 0 to 1; 1 where the data has none
+    weight_BT: torch.Tensor = None  # of the data, mean 1 over all of it; 1 where it has none
 
 
 def load_batch(rows, numbers, num_heads, device):
@@ -1495,7 +1512,10 @@ def load_batch(rows, numbers, num_heads, device):
     reward_B = columns.get("reward", np.ones(len(numbers))).astype(np.float32)
     is_imitated_B = columns.get("is_imitated", reward_B > CORRECT)
     targets_KBT = make_targets(x_BT, document_BT, completion_BT & is_imitated_B[:, None], num_heads)
-    arrays = (x_BT, targets_KBT, columns["is_noise"], completion_BT, reward_B)
+    weight_BT = columns.get("weight", np.ones(x_BT.shape, np.float32))
+    if "weight_mean" in columns:
+        weight_BT = (weight_BT / columns["weight_mean"][:, None]).astype(np.float32)
+    arrays = (x_BT, targets_KBT, columns["is_noise"], completion_BT, reward_B, weight_BT)
     return Batch(numbers, *(torch.from_numpy(a).to(device) for a in arrays))
 
 
@@ -1523,10 +1543,8 @@ def micro_batch_rows(args, ranks):
     size, rows = args.batch_size, args.micro_batch_size
     unit = ranks.world_size * (rows or 1)
     if size % unit:
-        above = math.ceil(size / unit) * unit
-        nearest = f"{above - unit} or {above}" if size > unit else f"{unit}"
         division = f"{ranks.world_size} rank(s) x --micro-batch-size {rows or 1} = {unit}"
-        raise UsageError(f"--batch-size {size}: not divisible by {division}; use {nearest}")
+        raise UsageError(f"--batch-size {size}: not divisible by {division}")
     return rows or size // ranks.world_size
 
 
@@ -1581,7 +1599,7 @@ class Run:
         self.files = [Path(script), Path(__file__)]
         fixed = {name: v for name, v in vars(args).items() if name not in MAY_CHANGE.split()}
         self.identity = {"script": Path(script).stem, **fixed}
-        sources = [sha256(file.read_bytes()) for file in self.files]
+        sources = [file.read_text() for file in self.files]
         name = f"{Path(script).stem}-s{args.seed}-{digest([self.identity, sources])[:8]}"
         self.folder = Path(args.run_dir or f"runs/{name}")
         self.lock = filelock.FileLock(self.folder / ".lock", timeout=0)
@@ -1596,10 +1614,7 @@ class Run:
             ranks.print(f"finished  {self.folder} holds this run; nothing to do ({more})")
 
     def _open(self, flag):
-        """Lock and check the folder; returns whether the run is finished, and its products' type.
-
-        The type is None where nothing was trained yet.
-        """
+        """Lock and check the folder; returns whether it is finished, and its type of products."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self.lock.acquire()
@@ -1725,10 +1740,7 @@ class Run:
         if 0 < args.eval_rows < len(rows):
             rows = rows.select(np.linspace(0, len(rows) - 1, args.eval_rows).astype(int))
         sums_3K = torch.zeros(3, args.num_heads, dtype=torch.float64)
-        batches = heldout_batches(rows, micro_batch_size, args.num_heads, ranks)
-        total = math.ceil(len(rows) / (micro_batch_size * ranks.world_size))
-        options = dict(desc="held-out", leave=False, delay=5, disable=ranks.rank > 0)
-        for batch in tqdm(batches, total=total, **options):
+        for batch in heldout_batches(rows, micro_batch_size, args.num_heads, ranks):
             with ranks.autocast():
                 loss_KBT, correct_KBT = model(batch.x_BT, batch.targets_KBT, "correct")
             figures = (loss_KBT, correct_KBT, batch.targets_KBT != IGNORE)
@@ -1833,10 +1845,6 @@ def describe(args, model, data, micro_batch_size, ranks):
         text = f"is not below --max-steps {args.max_steps}: the rate only rises"
         lines.append(f"warning   --warmup-steps {args.warmup_steps} {text}")
     ranks.print("\n".join(lines))
-
-
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()
 
 
 def differences(before, now, but=None):
@@ -2050,9 +2058,6 @@ class Checkpoints:
     def load(self, model, optimizer):
         """Read the last good checkpoint in place; returns its step and metrics.jsonl (0, empty).
 
-        Files are compared with `meta.json` first. A bad checkpoint is named, and the one before
-        it is taken.
-
         Raises:
             UsageError: the folder cannot be read or written, or holds checkpoints of another run
                 or none that is good.
@@ -2207,10 +2212,7 @@ class RowCache(Cache):
 
 
 def attention_masks(config, position_BQ, end, dtype):
-    """Additive masks `[B, 1, Q, end]`: a token sees the slots up to its own, or a window of them.
-
-    A dict by kind of layer for families with several kinds.
-    """
+    """Additive masks `[B, 1, Q, end]`: slots up to a token's own, or a window; by kind of layer."""
     slot_E = torch.arange(end, device=position_BQ.device)
     distance = position_BQ[:, None, :, None] - slot_E
     window = getattr(config, "sliding_window", None) or end

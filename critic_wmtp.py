@@ -51,10 +51,10 @@ from sklearn.metrics import roc_auc_score
 
 from common import CORRECT, IGNORE, Run, Sums, UsageError, active_heads, batch_rows, build_model
 from common import check_ranges, check_run_args, clip_gradients, control_weights, count_targets
-from common import describe, first_line, full_state, heldout_batches
-from common import imitate_all, learning_rate, load_batch, load_data, make_optimizer
+from common import describe, digest, first_line, full_state, heldout_batches, imitate_all
+from common import learning_rate, load_batch, load_data, make_optimizer
 from common import micro_batch_rows, micro_batches, run_script, set_gradient_sync, setup_ranks
-from common import sha256, shard, weights_of_ess, weights_of_targets, whiten
+from common import shard, weights_of_ess, weights_of_targets, whiten
 
 # Shapes: B sequences, T positions, K heads, D width, R ranks, N targets of all ranks, or rows.
 GATE_TEMPERATURE = 0.7  # deviations of the score by which u falls to 1/e
@@ -82,7 +82,7 @@ class Args:
     heldout_data: str = ""  # held-out documents, named as --data; empty: a part of --data
     seq_len: int = 256  # tokens a row
     noise_frac: float = 0.0  # share of the training text replaced by random characters
-    noise_by: Literal["line", "byte"] = "line"  # what is replaced: whole lines, single characters
+    noise_by: Literal["line", "byte", "document"] = "line"  # lines, characters, whole documents
 
     # Optimisation
     batch_size: int = 4  # rows an update, over all ranks and micro-steps
@@ -291,7 +291,7 @@ class Critic(nn.Module):
             except Exception as error:  # of files and of sizes: they have no common class
                 reason = f"holds no --value {args.value} of this model ({first_line(error)})"
                 raise UsageError(f"--value-head {args.value_head}: {reason}") from None
-            self.fingerprint = sha256(Path(args.value_head).read_bytes())
+            self.fingerprint = digest(Path(args.value_head).read_bytes().hex())
         policy.heads.register_forward_pre_hook(self.keep)
         shard(self.value.to(ranks.device), ranks)
 
@@ -530,6 +530,7 @@ def main(args):
             # ALGO LOGIC: V on the trunk's output of this pass; its changes give the weights
             logit_BT, key = critic.logits(batch), (args.seed, step, number)
             weight_KBT = token_weights(batch, logit_BT, critic.moments, key, args, ranks)
+            weight_KBT = weight_KBT * weights_of_targets(batch.weight_BT, num_heads)
             auxiliary = critic.value_coef * value_loss(logit_BT, batch) / num_prefixes
 
             objective = (weight_KBT * loss_KBT).sum() / num_valid

@@ -88,7 +88,7 @@ class Args:
     heldout_data: str = ""  # held-out documents, named as --data; empty: a part of --data
     seq_len: int = 256  # tokens a row
     noise_frac: float = 0.0  # share of the training text replaced by random characters
-    noise_by: Literal["line", "byte"] = "line"  # what is replaced: whole lines, single characters
+    noise_by: Literal["line", "byte", "document"] = "line"  # lines, characters, whole documents
 
     # Optimisation
     batch_size: int = 4  # rows an update, over all ranks and micro-steps

@@ -83,7 +83,7 @@ class Args:
     heldout_data: str = ""  # held-out documents, named as --data; empty: a part of --data
     seq_len: int = 256  # tokens a row
     noise_frac: float = 0.0  # share of the training text replaced by random characters
-    noise_by: Literal["line", "byte"] = "line"  # what is replaced: whole lines, single characters
+    noise_by: Literal["line", "byte", "document"] = "line"  # lines, characters, whole documents
 
     # Optimisation
     batch_size: int = 4  # rows an update, over all ranks and micro-steps
@@ -395,6 +395,7 @@ def main(args):
             weight_BT, values = token_weights(batch, loss_KBT, *work)
             figures.append(values)
 
+            weight_BT = weight_BT * batch.weight_BT
             weight_KBT = weights_of_targets(weight_BT, num_heads)
             objective = (weight_KBT * loss_KBT).sum() / num_valid
             objective.backward()

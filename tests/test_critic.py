@@ -281,7 +281,6 @@ def test_controls_stay_inside_of_completions(critic):
     for b in range(10):
         a, c = (weight_BT[b][valid_BT[b]].sort().values for weight_BT in (plain_BT, shuffled_BT))
         torch.testing.assert_close(a, c, rtol=1e-5, atol=0)
-    assert drawn_BT[valid_BT].mean().item() == pytest.approx(1, abs=1e-5)
     assert (drawn_BT[~valid_BT] == 1).all()
 
 
@@ -444,10 +443,8 @@ def test_of_every_sum_one_answer_is_right_and_one_wrong_in_one_digit():
         wrong = [i for i in range(3) if record["completion"][i] != right[i]]
         assert len(wrong) == 1 - record["reward"]
         assert not wrong or (wrong[0], wrong[0] + 1) == (record["fault_start"], record["fault_end"])
-    texts = (
-        load_tokenizer(None).batch_decode(r["input_ids"][:])
-        for r in (loaded.records, loaded.heldout)
-    )
+    decode, parts = load_tokenizer(None).batch_decode, (loaded.records, loaded.heldout)
+    texts = (decode(part["input_ids"][:]) for part in parts)
     train, heldout = ({frozenset(t.partition("=")[0].split("+")) for t in own} for own in texts)
     assert not train & heldout and 1900 < len(loaded.heldout) < 2100
 

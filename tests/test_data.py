@@ -227,33 +227,45 @@ def test_every_row_comes_once_an_epoch_for_any_ranks_and_accumulation(tmp_path):
                 assert torch.equal(joined, getattr(whole, name))
 
 
-@pytest.mark.parametrize("tokenizer", [BYTES, FAST], ids=["bytes", "fast"])
-def test_noise_is_flagged_where_lines_differ(tmp_path, tokenizer):
-    """Which lines changed is seen by comparing texts: flagged tokens are these, all others not."""
+NOISE = [("line", BYTES), ("line", FAST), ("document", FAST)]
+
+
+@pytest.mark.parametrize("noise_by, tokenizer", NOISE, ids=["bytes", "fast", "document"])
+def test_noise_is_flagged_where_lines_differ(tmp_path, noise_by, tokenizer):
+    """Which lines changed is seen by comparing texts: flagged tokens are these, all others not.
+
+    By document, all lines that are not blank changed or none.
+    """
     file = write(tmp_path / "a.jsonl", some_texts(300))
-    clean, noisy = (load(file, tokenizer, noise_frac=f) for f in (0.0, 0.3))
-    texts, documents, total, changed = texts_of(clean.train, tokenizer), runs_of(noisy.train), 0, 0
-    for text, ids, is_noise in zip(texts, documents, runs_of(noisy.train, "is_noise"), strict=True):
-        noise, rest = "", ""
+    clean, noisy = (load(file, tokenizer, noise_frac=f, noise_by=noise_by) for f in (0.0, 0.3))
+    texts, documents, drawn = texts_of(clean.train, tokenizer), runs_of(noisy.train), []
+    flags = runs_of(noisy.train, "is_noise")
+    for number, (text, ids, is_noise) in enumerate(zip(texts, documents, flags, strict=True)):
+        noise, rest, changes = "", "", []
         lines = text.splitlines(keepends=True), text_of(ids, tokenizer).splitlines(keepends=True)
         for old, new in zip(*lines, strict=True):
             body, is_changed = new.rstrip("\r\n") if old != new else "", old != new
             assert len(old) == len(new) and new.endswith(old[len(body) :])  # line ends stay
             assert not is_changed or (old.strip() and re.fullmatch("[ -~]+", body))
             noise, rest = noise + body, rest + new[len(body) :]
-            total, changed = total + bool(old.strip()), changed + is_changed
+            changes += [is_changed] * bool(old.strip())
+        assert noise_by == "line" or len(set(changes)) == 1
+        drawn += changes if noise_by == "line" else changes[:1]
+        key, document = (0, number), SimpleNamespace(prompt="", completion=text)
+        pieces = common._pieces(document, 0.3, noise_by, key)  # of seed and number alone
+        assert text_of(ids, tokenizer) == "".join(piece for piece, _ in pieces)
         assert text_of(ids[is_noise], tokenizer) == noise
         assert text_of(ids[~is_noise], tokenizer) == rest
         assert np.flatnonzero(ids == tokenizer.bos_token_id).tolist() == [0] * (tokenizer is FAST)
-    assert abs(changed / total - 0.3) < 4 * math.sqrt(0.3 * 0.7 / total) and total > 1000
+    assert abs(np.mean(drawn) - 0.3) < 4 * math.sqrt(0.3 * 0.7 / len(drawn))
+    assert len(drawn) > (1000 if noise_by == "line" else 280)
     assert not noisy.heldout[:]["is_noise"].any()
 
 
 def test_noise_by_byte_replaces_single_characters(tmp_path):
     """Against the clean text, character by character: blank ones stay, the share is that asked."""
-    file = write(
-        tmp_path / "a.jsonl", [t.encode("ascii", "replace").decode() for t in some_texts(300)]
-    )
+    texts = [t.encode("ascii", "replace").decode() for t in some_texts(300)]
+    file = write(tmp_path / "a.jsonl", texts)
     clean, noisy = (load(file, noise_frac=f, noise_by="byte").train for f in (0.0, 0.3))
     old_N, new_N, is_noise_N = clean[:]["input_ids"], noisy[:]["input_ids"], noisy[:]["is_noise"]
     is_text_N = (clean[:]["document"] >= 0) & (old_N > ord(" ") + 3)  # a byte's id is byte + 3
@@ -283,18 +295,6 @@ def test_noise_by_line_is_drawn_as_it_always_was():
     assert digest.startswith("df36663d06cc1bdf")  # of the first version of this noise
 
 
-def test_noise_is_in_completions_and_a_function_of_seed_and_document(tmp_path):
-    file = write(tmp_path / "a.jsonl", [mbpp_task(n) for n in (511, *range(601, 640))])
-    variants = [{}, {}, dict(tokenizer=FAST, seq_len=310), dict(seed=1), dict(noise_frac=0)]
-    defaults = dict(tokenizer=BYTES, seq_len=300, noise_frac=0.5)
-    rows = [
-        records_of(load(file, **defaults | v).train, v.get("tokenizer", BYTES)) for v in variants
-    ]
-    assert rows[0] == rows[1] == rows[2]
-    assert rows[0] != rows[3] and rows[0] != rows[4]
-    assert [p for p, _ in rows[0]] == [p for p, _ in rows[4]]
-
-
 def test_the_cache_is_read_again_and_never_for_other_rows(tmp_path, cache):
     file = write(tmp_path / "a.jsonl", some_texts(60))
     other = fast_tokenizer("<bos> $A")  # only the template differs
@@ -306,13 +306,13 @@ def test_the_cache_is_read_again_and_never_for_other_rows(tmp_path, cache):
     for before, variant in zip(rows, variants):
         assert load(file, **variant).train.cache_files == before.cache_files
     assert {f: f.stat().st_mtime_ns for f in (cache / "wmtp").iterdir()} == times
-    write(file, some_texts(59))
+    stamps = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    write(file, [text.replace("file", "list") for text in some_texts(60)])  # of the same size
+    os.utime(file, ns=stamps)
     assert load(file).train.cache_files != rows[0].cache_files
 
 
-def test_after_an_edit_of_the_code_that_makes_them_documents_and_rows_are_made_anew(
-    tmp_path, monkeypatch
-):
+def test_after_an_edit_of_the_code_documents_and_rows_are_made_anew(tmp_path, monkeypatch):
     file = write(tmp_path / "a.jsonl", ["a", "b"])
     assert all_texts(load(file)) == Counter("ab")
 
@@ -323,9 +323,8 @@ def test_after_an_edit_of_the_code_that_makes_them_documents_and_rows_are_made_a
     assert all_texts(load(file)) == Counter(["aa", "bb"])
     (tmp_path / "common.py").write_text("edited")
     monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
-    monkeypatch.setattr(
-        common, "_documents_of_row", lambda row, _: [{"completion": row["text"] + "c"}]
-    )
+    longer = lambda row, _: [{"completion": row["text"] + "c"}]  # noqa: E731
+    monkeypatch.setattr(common, "_documents_of_row", longer)
     assert all_texts(load(file)) == Counter(["acac", "bcbc"])
 
 
@@ -382,22 +381,15 @@ CELLS = ["NA", "null", "None", "nan", "N/A", "007", "1e5", "a,b", 'say "é"', "t
 def test_every_cell_of_a_table_is_text_and_empty_ones_are_counted(tmp_path, capsys, name):
     stream = io.StringIO()
     table = csv.writer(stream, delimiter="\t" if "TSV" in name else ",")
-    table.writerows([["prompt", "completion"], *([f"{c}?", c] for c in [*CELLS, "", ""])])
+    rows = [[f"{c}?", c, "0.5"] for c in [*CELLS, "", ""]]
+    table.writerows([["prompt", "completion", "weight"], *rows])
     content = b"\xef\xbb\xbf" + stream.getvalue().encode()  # as Excel writes it
     (tmp_path / name).write_bytes(gzip.compress(content) if ".gz" in name else content)
     loaded = load(tmp_path / name)
     assert Counter(all_records(loaded)) == Counter((f"{cell}?", cell) for cell in CELLS)
-    assert "11 document(s), 2 empty ones left out" in capsys.readouterr().out
-
-
-def test_changed_bytes_under_the_same_name_size_and_time_are_read(tmp_path):
-    file = write(tmp_path / "a.jsonl", [f"{n} one" for n in range(9)])
-    before, times = load(file), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
-    write(file, [f"{n} two" for n in range(9)])
-    os.utime(file, ns=times)
-    after = load(file)
-    assert all_texts(after) == Counter(f"{n} two" for n in range(9))
-    assert after.fingerprint != before.fingerprint
+    printed = capsys.readouterr().out
+    assert "11 document(s), 2 empty ones left out" in printed
+    assert "weights of its own: mean 0.5, 0.5 to 0.5 (divided by the mean)" in printed
 
 
 # ------------------------------------------------------------------------------ special tokens
@@ -432,12 +424,18 @@ def spaced_tokenizer():
 
 
 def test_prompt_and_completion_are_encoded_together(tmp_path):
-    """A completion gets no space of its own; a token on the border is a target, and it is said."""
+    """A completion gets no space of its own; a token on the border is a target.
+
+    Spans: of the `f`, then of `ou` and of `ur`. A token has the weight of the last that it touches,
+    the prompt and EOS that of the record.
+    """
     tokenizer = spaced_tokenizer()
-    records = [dict(prompt=f"To{n}: ", completion="four") for n in (1, 2)]
-    records += [dict(prompt=f"To{n}:", completion=" four") for n in (3, 4, 5, 6)]
-    with pytest.warns(UserWarning, match="begins inside a token"):
-        loaded = load(write(tmp_path / "a.jsonl", records), tokenizer)
+    spans, later = [[0, 1, 3], [1, 3, 0.5], [2, 4, 4]], [[1, 2, 3], [2, 4, 0.5], [3, 5, 4]]
+    records = [dict(prompt=f"To{n}: ", completion="four", weights=spans) for n in (1, 2)]
+    records += [dict(prompt=f"To{n}:", completion=" four", weights=later) for n in (3, 4, 5, 6)]
+    loaded = load(write(tmp_path / "a.jsonl", [r | {"weight": 2} for r in records]), tokenizer)
+    for row in loaded.train:
+        assert row["weight"].tolist() == [2] * 5 + [6, 1, 8, 8, 2] + [1] * 22
     for rows in (loaded.train, loaded.heldout):
         for ids, is_target in zip(runs_of(rows), runs_of(rows, "is_target")):
             tokens = tokenizer.convert_ids_to_tokens(ids)
@@ -485,13 +483,25 @@ def test_messages_go_through_the_chat_template(tmp_path, capsys):
     refused(lambda: load(mixed, tokenizer), "c.jsonl: holds messages and plain texts")
 
 
-def test_no_warning_of_documents_that_are_longer_than_the_model_reads(caplog):
-    tokenizer = fast_tokenizer("<bos> $A")
-    tokenizer.model_max_length = 4
-    transformers.utils.logging.enable_propagation()
-    common.encode(tokenizer, some_texts(2))
-    transformers.utils.logging.disable_propagation()
-    assert caplog.messages == []
+def test_weights_by_hand_and_in_the_fingerprint(tmp_path):
+    """A character is its bytes, also where noise of one byte takes its place; 1 leaves no trace."""
+    records, spans = [dict(prompt=f"{n}é?", completion="aéxb") for n in range(9)], [[1, 3, 3]]
+    variants = [{}, dict(weight=1, weights=None), dict(weights=spans)]
+    variants.append(dict(weight=0.5, weights=spans))
+    files = [tmp_path / f"{n}.jsonl" for n in range(4)]
+    for file, own in zip(files, variants):
+        write(file, [record | own for record in records])
+    without, ones, _, half = loaded = [load(file) for file in files]
+    assert ones.train.column_names == without.train.column_names
+    assert ones.fingerprint == without.fingerprint
+    assert len({data.fingerprint for data in loaded}) == 3
+    assert len({data.heldout_fingerprint for data in loaded}) == 1
+    assert "weight" not in half.heldout.column_names
+    noisy = load(files[3], noise_frac=1.0, noise_by="byte")
+    assert {prompt for prompt, _ in all_records(noisy)} == {r["prompt"] for r in records}
+    for rows, inside in ((half.train, 3), (noisy.train, 2)):
+        expected = [0.5] * 5 + [1.5] * inside + [0.5] * 2 + [1] * (25 - inside)
+        assert rows["weight"][:].tolist() == [expected] * len(rows)
 
 
 def test_columns_of_alpaca(tmp_path):
@@ -503,12 +513,6 @@ def test_columns_of_alpaca(tmp_path):
 
 
 # -------------------------------------------------------------------------- records with outcomes
-def mbpp_task(number):
-    code = f"def f{number}(x):\r\n  y = x\r\n  return y + {number}"
-    tests = [f"assert f{number}({n}) == {n}" for n in range(3)]
-    return dict(task_id=number, text=f"Write function {number}.", code=code, test_list=tests)
-
-
 @pytest.mark.skipif(not MBPP.is_file(), reason="the MBPP file is not beside the project")
 def test_mbpp():
     tasks = {t["task_id"]: t for t in map(json.loads, MBPP.read_text().splitlines())}
@@ -545,9 +549,7 @@ def test_the_fault_of_a_broken_function_by_hand():
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, FAST], ids=["bytes", "fast"])
-def test_rows_hold_records_and_their_faults_and_long_ones_are_counted(
-    tmp_path, monkeypatch, capsys, tokenizer
-):
+def test_rows_hold_records_and_faults_and_long_ones_are_counted(monkeypatch, capsys, tokenizer):
     texts = common.stdlib_texts()[::80]
     monkeypatch.setattr(common, "stdlib_texts", lambda: texts)
     loaded = load("stdlib-bugs", tokenizer, 200)
@@ -602,10 +604,7 @@ UNUSABLE = {  # what the message says: name and content of the file
     "row 1: cannot be read (TypeError: the column instruction": [{"instruction": 3, "output": "b"}],
     "row 1: cannot be read (ValueError: invalid literal": [RECORD | {"fault_start": "x"}],
     "row 1: cannot be read (ValueError: columns body, title;": [{"body": "x", "title": "y"}],
-    "row 2: cannot be read (TypeError: the column text holds int 42,": [
-        {"text": "a"},
-        {"text": 42},
-    ],
+    "row 1: cannot be read (TypeError: the column text holds int 42,": [{"text": 42}],
     "the column completion holds list ['b'], not": [RECORD | {"completion": ["b"]}],
     "row 2: cannot be read (ValueError: columns b;": '{"text": "a"}\n["b"]\n',
     "cannot be read (SchemaInferenceError: Please pass `features` or at least one example": "\n",
@@ -614,6 +613,19 @@ UNUSABLE = {  # what the message says: name and content of the file
     "row 1: cannot be read (ValueError: the reward 1.5": [RECORD | {"reward": 1.5}],
     "could not convert string to float: 'x'": [RECORD | {"reward": "x"}],
     "1 of 2 documents have no reward; --reward-model": [RECORD | {"reward": r} for r in (None, 1)],
+    "the weight -0.5 is no number from 0": [RECORD | {"weight": -0.5}],
+    "the weight nan is no number from 0": '{"text": "a", "weight": NaN}',
+    "the weight inf is no number from 0": '{"text": "a", "weight": Infinity}',
+    "could not convert string to float: 'much'": [RECORD | {"weight": "much"}],
+    "weights: [0, 1] is not [start, end, weight]": [RECORD | {"weights": [[0, 1]]}],
+    "weights: [0, 1, 'x'] is not [start, end,": [RECORD | {"weights": [[0, 1, "x"]]}],
+    "weights: [0, 1, -2] is not [start, end,": [RECORD | {"weights": [[0, 1, 3], [0, 1, -2]]}],
+    "weights: [0, 1, nan] is not [start, end,": [RECORD | {"weights": [[0, 1, math.nan]]}],
+    "weights: [1, 1, 2] is not [start, end,": [RECORD | {"weights": [[1, 1, 2]]}],
+    "[0, 2, 2] is not [start, end, weight]: 1 characters": [RECORD | {"weights": [[0, 2, 2]]}],
+    "give one weight a row": [{"messages": [{"role": "user"}], "weights": [[0, 1, 2]]}],
+    "the weights of all training targets are 0": [RECORD | dict(weight=0, prompt=p) for p in "abc"],
+    "holds one text": [{"text": "a longer text", "weights": [[0, 1, 2]]}],
     "with a reward above 0.5": [RECORD | dict(reward=0, prompt=p) for p in "abc"],
 }
 

@@ -184,30 +184,18 @@ def own_tokenizer(folder):
 
 @pytest.mark.parametrize("kind", ["bytes", "own"])
 @pytest.mark.parametrize("family", ["Mistral", "Olmo2", "Phi3", "Granite", "Qwen2"])
-def test_tokenizer_that_was_saved_is_read_whatever_the_family(tmp_path, family, kind, capsys):
+def test_tokenizer_that_was_saved_is_read_whatever_the_family(tmp_path, family, kind):
     """transformers goes by the family: an error, or for Qwen2 other tokens."""
     sizes = SIZES | dict(vocab_size=300, num_key_value_heads=4)
     getattr(transformers, f"{family}Config")(**sizes).save_pretrained(tmp_path)
-    expected, entries = [byte + 3 for byte in TEXT.encode()], 259
+    expected = [byte + 3 for byte in TEXT.encode()]
     if kind == "own":
-        own = own_tokenizer(tmp_path)
-        expected, entries = own.encode(TEXT).ids, own.get_vocab_size()
+        expected = own_tokenizer(tmp_path).encode(TEXT).ids
     model, tokenizer = build_model(str(tmp_path / "config.json"), 2)
     save_model(model, tokenizer, tmp_path / "run" / "model", Ranks())
     for other in (tokenizer, build_model(str(tmp_path / "run"), 2)[1]):
         assert other(TEXT, add_special_tokens=False)["input_ids"] == expected
         assert other.eos_token_id == 1
-    said = [line for line in capsys.readouterr().out.splitlines() if f"{entries} entries" in line]
-    assert len(said) == 2 and all("300 rows" in line for line in said)  # once for each model
-
-
-def test_tokenizer_that_would_not_be_read_back_is_refused():
-    class ByT5Tokenizer(transformers.ByT5Tokenizer):  # saved under the name of another
-        def _tokenize(self, text):
-            return super()._tokenize(text.swapcase())
-
-    call = functools.partial(common.check_read_back, "some/model", ByT5Tokenizer(extra_ids=0))
-    refused(call, "--model some/model", "read back")
 
 
 # ------------------------------------------------------------------------------------ the loss

@@ -96,10 +96,8 @@ def test_evaluate_takes_checkpoints_too(trained):
     assert list(rows) == ["2", "4"]
     for k in (1, 2, 3):
         expected = heldout_of(trained)[-1][f"eval/loss_head_{k}"]
-        assert rows["4"][f"heldout/loss_head_{k}"] == pytest.approx(expected, rel=1e-5)
-        assert (rows["2"][f"heldout/loss_head_{k}"] > rows["4"][f"heldout/loss_head_{k}"]) == (
-            k > 1
-        )
+        early, late = (rows[step][f"heldout/loss_head_{k}"] for step in ("2", "4"))
+        assert late == pytest.approx(expected, rel=1e-5) and (early > late) == (k > 1)
     args = evaluate.Args(run_dir=str(trained), step="3")
     refused(lambda: evaluate.main(args), "--step 3", "has 2, 4")
 
@@ -111,9 +109,8 @@ def test_two_ranks_train_the_same_heads(material, plain, trained, tmp_path):
     one, two = weights_of(trained), weights_of(tmp_path / "run")
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
-    assert same_tensors(
-        *({k: v for k, v in w.items() if not k.startswith("heads.")} for w in (one, two))
-    )
+    plain = ({k: v for k, v in w.items() if not k.startswith("heads.")} for w in (one, two))
+    assert same_tensors(*plain)
 
 
 def test_default_rates_follow_the_weights(material, plain, trained):

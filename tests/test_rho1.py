@@ -19,15 +19,8 @@ import rho1_wmtp
 from common import IGNORE, Batch, Ranks, batch_rows, bounded_softmax
 from common import load_batch, load_data, load_tokenizer, make_targets, select, weights_of_targets
 from conftest import CONFIG, data_args, make_small_model, metrics_of, on_ranks, refused
-from conftest import (
-    run_main,
-    same_tensors,
-    short_args,
-    slow_bounded,
-    small_texts,
-    weights_of,
-    write_lines,
-)
+from conftest import run_main, same_tensors, short_args, slow_bounded, small_texts, weights_of
+from conftest import write_lines
 
 LENGTH, KEY = 32, (0, 0, 1)
 

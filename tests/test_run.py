@@ -29,6 +29,7 @@ import evaluate
 import grad_wmtp
 import rho1_wmtp
 from conftest import metrics_of, refused, run_main, same_tensors, short_args, weights_of
+from conftest import write_lines
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"baseline": baseline_mtp, "rho1": rho1_wmtp, "critic": critic_wmtp}
@@ -60,8 +61,7 @@ class Runs:
         elif name == "rho1":
             values.update(ref_model=self.straight("baseline"))
         elif name == "grad":  # killed after update 3: between two clean batches
-            target = dict(target=self.folder / "records.jsonl", target_every=2, start=3)
-            values.update(target)
+            values.update(target=self.folder / "records.jsonl", target_every=2, start=3)
         else:
             values.update(data=self.folder / "records.jsonl", value_batches=1)
         values.update(changes)
@@ -264,12 +264,6 @@ def test_arguments_are_tidied_and_ctrl_c_is_one_line(monkeypatch, capfd):
     assert capfd.readouterr().err == "stopped   by SIGINT\n"
 
 
-@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
-def test_a_variable_of_torchrun_without_the_others_is_refused(monkeypatch, name):
-    monkeypatch.setenv(name, "1")
-    refused(lambda: common.setup_ranks("cpu", "fp32"), name, "without", "MASTER_ADDR", "unset")
-
-
 def test_a_loss_that_is_not_finite_stops_before_the_step(runs, tmp_path, capsys):
     changes = dict(lr=1e15, warmup_steps=0, grad_clip=0, save_every=1)
     assert runs.main("baseline", tmp_path, **changes) == 1
@@ -278,6 +272,66 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(runs, tmp_path, capsys)
     assert f"stopped   update {len(updates) + 1}: " in capsys.readouterr().out
     last = max((tmp_path / "checkpoints").glob("*/meta.json"))
     assert last.parent.name == f"step_{len(updates):06d}" and not (tmp_path / "model").exists()
+
+
+# ---------------------------------------------------------------------------- weights in the data
+def weighted_file(runs, folder, name="text.jsonl", **changes):
+    """The runs' texts or records: an `e` weighs 3, and all twice that begins with "d" or "1"."""
+    source, rows = (runs.folder if name == "records.jsonl" else runs.material) / name, []
+    for row in map(json.loads, source.read_text().splitlines()):
+        text = row.get("text") or row["completion"]
+        row["weights"] = [[place, place + 1, 3] for place, c in enumerate(text) if c == "e"]
+        row["weight"] = 1 + row.get("text", row.get("prompt")).startswith(("d", "1"))
+        rows.append(row | changes)
+    return write_lines(folder / name, rows)
+
+
+def test_equal_weights_in_the_data_change_no_bit(runs, tmp_path):
+    """Every text weighs 2, which is divided by the mean."""
+    file = weighted_file(runs, tmp_path, weight=2, weights=[])
+    assert runs.main("baseline", tmp_path / "run", data=file) == 0
+    assert same_run(tmp_path / "run", runs.straight("baseline"))
+
+
+def test_the_objective_with_weights_in_the_data_equals_a_slow_loop(runs, tmp_path):
+    """And their mean over all targets of head 1 in the training data is 1."""
+    file, options = weighted_file(runs, tmp_path), dict(mtp_schedule="constant", max_steps=1)
+    args = runs.args("baseline", tmp_path / "run", data=file, **options)
+    assert run_main(baseline_mtp, args) == 0
+    torch.manual_seed(args.seed)
+    model, tokenizer = common.build_model(args.model, 4)
+    rows = common.load_data(args, tokenizer, common.Ranks()).train
+    ids, document = (rows[:][column].ravel().tolist() for column in ("input_ids", "document"))
+    raw, first = [], {}
+    for token, number in zip(ids, document):
+        doubled = 1 + (first.setdefault(number, token) in (ord("d") + 3, ord("1") + 3))
+        raw.append(doubled * (3 if token == ord("e") + 3 else 1))
+    places = [j for j in range(len(ids)) if j % 32 and document[j] == document[j - 1] >= 0]
+    mean = sum(raw[j] for j in places) / len(places)
+    assert 1.1 < mean and max(raw) == 6
+    batch = common.load_batch(rows, common.batch_rows(len(rows), 8, args.seed, 0), 4, "cpu")
+    loss_KBT, objective, count = model(batch.x_BT, batch.targets_KBT), 0.0, 0
+    for k, b, t in map(tuple, (batch.targets_KBT != common.IGNORE).nonzero().tolist()):
+        j = 32 * int(batch.rows_B[b]) + t + k + 1
+        objective += raw[j] / mean * loss_KBT[k, b, t].item()
+        count += k == 0
+    assert metrics_of(tmp_path / "run")[0]["train/loss"] == pytest.approx(objective / count)
+
+
+@pytest.mark.parametrize("name", ["rho1", "critic", "grad"])
+def test_weights_in_the_data_multiply_those_of_the_algorithm(runs, tmp_path, name):
+    """Three runs of one update: of the algorithm with and without them, and the baseline's."""
+    args = runs.args(name, tmp_path / "own", max_steps=1)
+    file = weighted_file(runs, tmp_path, Path(args.data).name)
+    assert run_main(SCRIPTS[name], args) == 0
+    assert runs.main(name, tmp_path / "both", data=file, max_steps=1) == 0
+    options = dict(data=file, max_steps=1, mtp_schedule="constant", micro_batch_size=0)
+    assert runs.main("baseline", tmp_path / "data", **options) == 0
+    samples = [tmp_path / d / "weights.json" for d in ("own", "both", "data")]
+    rows = [json.loads(file.read_text().replace("null", "NaN")) for file in samples]
+    own, both, data = (torch.tensor([row["weight"] for row in part]) for part in rows)
+    torch.testing.assert_close(both, own * data, equal_nan=True)
+    assert data.nan_to_num(1).max() > 2
 
 
 # ------------------------------------------------------------------------------------- two ranks
@@ -470,9 +524,8 @@ def test_a_checkpoint_store_alone_resumes_and_refuses_another_run(runs, tmp_path
 
 def test_a_snapshot_is_not_changed_by_later_updates(tmp_path):
     model = torch.nn.Linear(500, 500)
-    optimizer = common.make_optimizer(
-        model, SimpleNamespace(lr=0.1, heads_lr=0.1, weight_decay=0.0)
-    )
+    args = SimpleNamespace(lr=0.1, heads_lr=0.1, weight_decay=0.0)
+    optimizer = common.make_optimizer(model, args)
     checkpoints = common.Checkpoints(tmp_path, {}, 0, common.Ranks())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     checkpoints.save(1, model, optimizer, b"line\n")
@@ -549,7 +602,7 @@ def test_wandb_works_offline(runs, tmp_path, monkeypatch, capsys):
 
 # -------------------------------------------------------------------------------------- bad input
 BAD = [
-    ("--batch-size 10 --micro-batch-size 4", "8 or 12"),
+    ("--batch-size 10 --micro-batch-size 4", "not divisible by 1 rank(s) x --micro-batch-size 4"),
     ("--max-steps 0", "from 1"),
     ("--num-heads 0", "from 1"),
     ("--lr nan", "from 0"),

@@ -170,17 +170,14 @@ def test_reasons(box, source, why):
 
 def test_faults_of_the_tests(box):
     """They are no wrong answer, whatever the program does."""
+    inside = "def check(f):\n    import numpy\n    assert f(1) == 2\ncheck(f)"
+    assert box.run(*job(GOOD[1], inside)).kind == "tests cannot run"
     for tests in ("import numpy\nassert f(1) == 2", "from math import nothing", "assert f(1) =="):
         for source in (GOOD[1], "import sys, os\nos._exit(0)"):
             kind, why = box.run(*job(source, tests))
             assert kind == "tests cannot run" and why.startswith("tests cannot run here: ")
     forged = "import sys\nsys.modules['math'] = None\ndef f(x): raise ImportError(name='math')"
     assert box.run(*job(forged, "import math\nassert f(1) == 2")).kind == "wrong answer"
-
-
-def test_an_import_inside_a_function_of_the_tests_cannot_run_here(box):
-    tests = "def check(f):\n    import numpy\n    assert f(1) == 2\ncheck(f)"
-    assert box.run(*job("def f(x): return x + 1", tests)).kind == "tests cannot run"
 
 
 def test_allowed_packages(box, tmp_path, monkeypatch):
@@ -412,10 +409,7 @@ def test_none_needs_the_flag_and_names_what_is_open(capsys):
 
 
 FAKES = [
-    (
-        "echo 'bwrap: setting up uid map: Permission denied' >&2; exit 1",
-        "uid map: Permission denied",
-    ),
+    ("echo 'bwrap: uid map: Permission denied' >&2; exit 1", "uid map: Permission denied"),
     ('while [ "$1" != --chdir ]; do shift; done; shift 2; exec "$@"', "cannot isolate"),
     ('exec BWRAP --ro-bind /etc /etc "$@"', "cannot isolate a program here .wrong answer"),
 ]
