@@ -16,7 +16,6 @@ answers to held-out sums. Every run is the script, some with CHANGES, in a proce
 thread; the table has all runs in OUT. Intervals: paired bootstrap over the items of all seeds.
 """
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -113,11 +112,7 @@ def one_run(args, what, name, seed):
         flags |= {**ARMS, **PARTS}[name]
 
     def work():
-        shutil.rmtree(run_dir, ignore_errors=True)
-        words = tools.as_flags(flags)
-        tools.run_script(script, words, out / f"{label}.txt")
-        lines = tools.read_metrics(run_dir)
-        command = " ".join([Path(script).name, *words]).replace(str(out), "OUT")
+        lines, command = tools.train(script, flags, out / f"{label}.txt")
         figures = dict(what=what, name=name, seed=seed, command=command)
         if what == "value":
             figures["value"] = next(line for line in lines if "value/auc" in line)
@@ -126,7 +121,6 @@ def one_run(args, what, name, seed):
             figures["items"] = (judge_sums if is_sums else judge_bugs)(*loaded, seed)
             ess = [line["weights/ess_frac"] for line in lines if "weights/ess_frac" in line]
             figures["ess"] = float(np.mean(ess[-100:]))
-        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
         return figures
 
     return tools.kept(out / f"{label}.json", work)

@@ -2,10 +2,13 @@
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import multiprocessing
 import os
 import platform
+import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -45,7 +48,8 @@ def proof_parser(doc, steps, batch_size, arms):
     result.add_argument("--model", default="", help="empty: a small Llama of width 96")
     result.add_argument("--seeds", type=int, default=3)
     result.add_argument("--num-heads", type=int, default=2)
-    result.add_argument("--steps", type=int, default=steps)
+    several = "+" if isinstance(steps, list) else None
+    result.add_argument("--steps", type=int, nargs=several, default=steps)
     result.add_argument("--batch-size", type=int, default=batch_size)
     result.add_argument("--device", default="cpu")
     result.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
@@ -119,21 +123,47 @@ def as_flags(values):
     return words
 
 
-def run_script(script, words, log=None, threads=1):
-    """Run a training script of the project; the process prints to `log` (None: nowhere).
+def run_script(script, words, log):
+    """Run a training script of the project in a process of one thread, which prints to `log`.
 
     Raises:
         RuntimeError: it failed; holds its last words.
     """
-    script = Path(script) if Path(script).is_absolute() else ROOT / script
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, str(script), *map(str, words)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, str(ROOT / script), *words]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     done = subprocess.run(line, env=env, **pipes)
-    if log:
-        Path(log).write_text(done.stdout)
+    Path(log).write_text(done.stdout)
     if done.returncode:
-        raise RuntimeError(f"{script.name} {' '.join(line[2:])}\n{done.stdout[-2000:]}")
+        raise RuntimeError(f"{script} {' '.join(words)}\n{done.stdout[-2000:]}")
+
+
+def train(script, flags, log):
+    """Run a script in this process, from an empty run folder; returns its metrics and its command.
+
+    It spares the imports of a process. The run's checkpoints are deleted; it prints to `log`.
+
+    Raises:
+        RuntimeError: it failed, or a signal stopped it; holds its last words.
+    """
+    import tyro
+
+    script, words, run_dir = ROOT / script, as_flags(flags), Path(flags["run_dir"])
+    shutil.rmtree(run_dir, ignore_errors=True)
+    argv, sys.argv = sys.argv, [str(script), *words]  # a run records its command
+    try:
+        with open(log, "w") as file:
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                module = runpy.run_path(str(script))
+                module["main"](tyro.cli(module["Args"], args=words))
+    except (Exception, SystemExit) as error:
+        last = Path(log).read_text()[-2000:]
+        raise RuntimeError(f"{' '.join(sys.argv)}\n{last}{error!r}") from error
+    finally:
+        sys.argv = argv
+    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+    command = " ".join([script.name, *words])
+    return read_metrics(run_dir), command.replace(str(run_dir.parent), "OUT")
 
 
 def read_metrics(run_dir):
@@ -185,7 +215,8 @@ def kept(file, work):
     if file.exists():
         return json.loads(file.read_text())
     began = time.time()
-    result = {**work(), "seconds": time.time() - began}
+    result = work()
+    result |= dict(seconds=time.time() - began, ended=time.time())
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(result))
     temporary.replace(file)
@@ -201,19 +232,31 @@ def quiet():
     transformers.utils.logging.disable_progress_bar()
 
 
-def run_jobs(function, tasks, num_jobs):
-    """Results of `function(*task)` in their order, in so many processes of one thread at once."""
+def run_jobs(function, tasks, num_jobs, size=lambda *task: 1):
+    """Results of `function(*task)` in their order, in so many processes of one thread at once.
+
+    `function` returns what `kept` does. The time left is that of this call's tasks by their sizes.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
-    began, results = time.time(), []
+    began, results, done = time.time(), [], 0
+    left = sum(size(*task) for task in tasks)
     spawn = multiprocessing.get_context("spawn")
-    options = dict(mp_context=spawn, initializer=quiet)
-    with concurrent.futures.ProcessPoolExecutor(num_jobs, **options) as pool:
+    pool = concurrent.futures.ProcessPoolExecutor(num_jobs, spawn, initializer=quiet)
+    try:
         futures = [pool.submit(function, *task) for task in tasks]
-        for number, future in enumerate(futures, start=1):
+        for number, (task, future) in enumerate(zip(tasks, futures), start=1):
             results.append(future.result())
-            name = " ".join(str(part) for part in tasks[number - 1][1:])
-            took = f"{results[-1]['seconds']:.0f} s, {time.time() - began:.0f} s in all"
-            print(f"{number:>3}/{len(tasks)}  {name:<28} {took}", flush=True)
+            left -= size(*task)
+            if results[-1]["ended"] < began:  # of an earlier call
+                continue
+            done += size(*task)
+            spent = time.time() - began
+            name = " ".join(str(part) for part in task[1:])
+            took = f"{results[-1]['seconds']:.0f} s, {spent:.0f} s in all"
+            rest = f"{spent * left / done:.0f} s left"
+            print(f"{number:>3}/{len(tasks)}  {name:<28} {took}, {rest}", flush=True)
+    finally:  # after an error or Ctrl-C no further task begins
+        pool.shutdown(cancel_futures=True)
     return results
 
 
