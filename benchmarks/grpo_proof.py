@@ -86,10 +86,8 @@ def main():
     parser.set_defaults(num_heads=3)
     args = parser.parse_args()
     out, settings = tools.prepare_proof(args, ("jobs", "seeds", "arms"), num_layers=5)
-    for name, (old, new) in CHANGES.items():
-        source = (tools.ROOT / "grpo_wmtp.py").read_text()
-        assert source.count(old) == 1, f"grpo_wmtp.py: not once: {old}"
-        (out / f"{name}.py").write_text(source.replace(old, new))
+    for name, change in CHANGES.items():
+        tools.write_changed(out / f"{name}.py", "grpo_wmtp.py", *change)
     for names in (["start"], args.arms):  # a start comes before its arms
         tasks = [(args, name, seed) for seed in range(args.seeds) for name in names]
         results = tools.run_jobs(one_run, tasks, args.jobs)

@@ -1,13 +1,14 @@
 """What the benchmarks share: records of measurements, runs of the scripts, medians, intervals."""
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
 import platform
-import runpy
 import shutil
 import statistics
 import subprocess
@@ -18,6 +19,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import scipy.stats
+import tyro
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for `from common import ..`
@@ -105,6 +108,35 @@ def in_turn(names, number):
     return names[first:] + names[:first]
 
 
+def cell(value):
+    """A figure of a table; a pair is a difference with its interval."""
+    if isinstance(value, tuple):
+        return f"{value[0]:+.4f} [{value[1][0]:+.4f}, {value[1][1]:+.4f}]"
+    return f"{value:.4f}" if isinstance(value, float) else str("" if value is None else value)
+
+
+def plot_differences(results, file):
+    """Points with intervals; of each its panel, its colour, its name, and what `cell` takes."""
+    panels = collections.defaultdict(lambda: collections.defaultdict(dict))
+    for title, label, name, result in results:
+        if result:
+            panels[title][label][name] = result
+    figure = Figure(figsize=(4.5 * len(panels), 4), layout="constrained")
+    every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, series) in zip(every_axes, panels.items()):
+        for number, (label, points) in enumerate(series.items()):
+            middle_N = np.array([middle for middle, _ in points.values()])
+            error_2N = abs(np.array([interval for _, interval in points.values()]).T - middle_N)
+            options = dict(fmt="o", capsize=3, label=label)
+            axes.errorbar(middle_N, np.arange(len(points)) + number / 5, xerr=error_2N, **options)
+        axes.set_yticks(range(len(points)), list(points))
+        axes.axvline(0, color="0.6", linewidth=1)
+        axes.set_title(title)
+        axes.invert_yaxis()
+    axes.legend()
+    figure.savefig(file, dpi=110)
+
+
 def print_table(header, rows):
     for cells in (header, ["---"] * len(header), *rows):
         print(f"| {' | '.join(cells)} |")
@@ -123,53 +155,38 @@ def as_flags(values):
     return words
 
 
-def run_script(script, words, log):
-    """Run a training script of the project in a process of one thread, which prints to `log`.
-
-    Raises:
-        RuntimeError: it failed; holds its last words.
-    """
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, str(ROOT / script), *words]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    done = subprocess.run(line, env=env, **pipes)
-    Path(log).write_text(done.stdout)
-    if done.returncode:
-        raise RuntimeError(f"{script} {' '.join(words)}\n{done.stdout[-2000:]}")
+def write_changed(file, script, old, new):
+    """Write a copy of a script in which a piece of its text is another."""
+    source = (ROOT / script).read_text()
+    assert source.count(old) == 1, f"{script}: not once: {old}"
+    Path(file).write_text(source.replace(old, new))
 
 
 def train(script, flags, log):
-    """Run a script in this process, from an empty run folder; returns its metrics and its command.
+    """Run a script in this process, from an empty run folder; returns metrics and command.
 
-    It spares the imports of a process. The run's checkpoints are deleted; it prints to `log`.
+    That spares a process its imports; the numbers are the same. The run's checkpoints are deleted.
 
     Raises:
-        RuntimeError: it failed, or a signal stopped it; holds its last words.
+        RuntimeError: it failed, or a signal stopped it; `log` holds what it printed.
     """
-    import tyro
-
     script, words, run_dir = ROOT / script, as_flags(flags), Path(flags["run_dir"])
     shutil.rmtree(run_dir, ignore_errors=True)
+    sys.path.insert(0, str(script.parent))
+    module = importlib.import_module(script.stem)
     argv, sys.argv = sys.argv, [str(script), *words]  # a run records its command
-    try:
-        with open(log, "w") as file:
+    with open(log, "w") as file:
+        try:
             with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-                module = runpy.run_path(str(script))
-                module["main"](tyro.cli(module["Args"], args=words))
-    except (Exception, SystemExit) as error:
-        last = Path(log).read_text()[-2000:]
-        raise RuntimeError(f"{' '.join(sys.argv)}\n{last}{error!r}") from error
-    finally:
-        sys.argv = argv
+                module.main(tyro.cli(module.Args, args=words))
+        except (Exception, SystemExit) as error:
+            raise RuntimeError(f"{log}: {error!r}") from error
+        finally:
+            sys.argv = argv
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
-    command = " ".join([script.name, *words])
-    return read_metrics(run_dir), command.replace(str(run_dir.parent), "OUT")
-
-
-def read_metrics(run_dir):
-    """The lines of a run's metrics.jsonl."""
-    text = (Path(run_dir) / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    command = " ".join([script.name, *words]).replace(str(run_dir.parent), "OUT")
+    return [json.loads(line) for line in lines], command
 
 
 def prepare_proof(args, free, num_layers):
@@ -196,18 +213,23 @@ def data_args(data, **changes):
     return SimpleNamespace(data=data, **{**defaults, **changes})
 
 
-def heldout_losses(model, rows, numbers):
-    """Yields batches of held-out rows with head 1's loss and correctness, `[B, T]` each."""
+def document_sums(model, rows, numbers):
+    """Head 1's loss, correct and all targets of each held-out document, sums `[documents, 3]`."""
     import torch
 
-    from common import load_batch
+    from common import IGNORE, load_batch
 
     model.eval()
+    sums_D3 = np.zeros((rows[:]["document"].max() + 1, 3))
     for first in range(0, len(numbers), 32):
         batch = load_batch(rows, numbers[first : first + 32], 1, "cpu")
         with torch.no_grad():
             loss, correct = model(batch.x_BT, batch.targets_KBT, "correct")
-        yield batch, loss[0], correct[0]
+        valid_BT = batch.targets_KBT[0] != IGNORE
+        values_3N = torch.stack([loss[0], correct[0], valid_BT])[:, valid_BT].double().numpy()
+        document_N = rows[batch.rows_B]["document"][valid_BT.numpy()]
+        np.add.at(sums_D3, document_N, values_3N.T)
+    return sums_D3
 
 
 def kept(file, work):
@@ -232,29 +254,22 @@ def quiet():
     transformers.utils.logging.disable_progress_bar()
 
 
-def run_jobs(function, tasks, num_jobs, size=lambda *task: 1):
-    """Results of `function(*task)` in their order, in so many processes of one thread at once.
-
-    `function` returns what `kept` does. The time left is that of this call's tasks by their sizes.
-    """
+def run_jobs(function, tasks, num_jobs):
+    """Results of `function(*task)`, by `kept`, in their order; so many processes of one thread."""
     os.environ["OMP_NUM_THREADS"] = "1"
     began, results, done = time.time(), [], 0
-    left = sum(size(*task) for task in tasks)
     spawn = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(num_jobs, spawn, initializer=quiet)
     try:
         futures = [pool.submit(function, *task) for task in tasks]
-        for number, (task, future) in enumerate(zip(tasks, futures), start=1):
+        for number, future in enumerate(futures, start=1):
             results.append(future.result())
-            left -= size(*task)
-            if results[-1]["ended"] < began:  # of an earlier call
-                continue
-            done += size(*task)
+            done += results[-1]["ended"] > began  # not by an earlier call
             spent = time.time() - began
-            name = " ".join(str(part) for part in task[1:])
-            took = f"{results[-1]['seconds']:.0f} s, {spent:.0f} s in all"
-            rest = f"{spent * left / done:.0f} s left"
-            print(f"{number:>3}/{len(tasks)}  {name:<28} {took}, {rest}", flush=True)
+            left = spent * (len(tasks) - number) / max(1, done)
+            name = " ".join(str(part) for part in tasks[number - 1][1:])
+            took = f"{results[-1]['seconds']:.0f} s, {spent:.0f} s in all, {left:.0f} s left"
+            print(f"{number:>3}/{len(tasks)}  {name:<28} {took}", flush=True)
     finally:  # after an error or Ctrl-C no further task begins
         pool.shutdown(cancel_futures=True)
     return results
