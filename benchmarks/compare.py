@@ -13,19 +13,18 @@ prefers the correct sibling more often than `equal` and than `critic_shuffle`; (
 nothing over `equal` on noise.
 
 It goes on if stopped. A run is a script as it stands, from scratch, fp32, one thread, on a schedule
-of its own budget. All arms of a text and seed see the same rows in the same order (but `correct`).
-
-clean: stdlib:a. line, byte, document: 30 % of these units are random characters. bugs: ALL records
-of stdlib-bugs, split as seed 0 does; broken siblings are imitated too, their faults are the noise.
-shift: stdlib, judged on the text HELDOUT. rho1's reference (1 head) trains on what grad's target is
-taken from: stdlib:b, TARGET, the correct training records. V is trained for each seed, from its
-first weights. `weighted` has the effective share of tokens of `skip`.
+of its own budget. All arms of a text and seed see the same rows in order (`target`: also clean ones
+between; `correct`: its own). clean: stdlib:a. line, byte, document: 30 % of these units are random
+characters. bugs: ALL records of stdlib-bugs, split as seed 0 does; broken siblings are imitated
+too, their faults are the noise. shift: stdlib, judged on the text HELDOUT. rho1's reference (1
+head) trains on what grad's target is from: stdlib:b, TARGET, or the correct training records. V is
+trained for each seed, from its first weights. `weighted` has the effective share of `skip`.
 
 Judged from the final models: head 1 on every fourth held-out row, on bugs on the correct functions;
 preference: how often one is likelier than its broken sibling. Differences to `equal` and to an
 arm's control: means over seeds, 95 % by a paired bootstrap over documents (functions). AUC: noise
-scores lower than clean text; it, weights and ess are of the last fifth of the updates. Seconds: of
-a run and its judgement; a reference's losses are kept in a file, so the first arm pays for them.
+scores lower than clean text; it, weights and ess: last fifth of the updates. A reference's losses
+are kept in a file: the seconds of the first arm hold them.
 """
 
 import contextlib
@@ -186,7 +185,6 @@ def judge(args, text, run_dir, num_heads):
     return dict(loss=sums_D3[:, [0, 2]].tolist(), accuracy=sums_D3[:, [1, 2]].tolist())
 
 
-# ----------------------------------------------------------------------------------------- table
 def summary(results):
     """One row for each text, budget and arm: means over seeds, and differences to other arms."""
     runs = {(r["text"], r["steps"], r["arm"], r["seed"]): r for r in results}
@@ -198,7 +196,7 @@ def summary(results):
             items_SN2 = np.array([run["items"][key] for run in own])
             by_seed = items_SN2[..., 0].sum(1) / items_SN2[..., 1].sum(1)
             row |= {key: by_seed.mean(), f"{key} by seed": by_seed.tolist()}
-            row[f"{key} sd"] = by_seed.std(ddof=len(seeds) > 1)
+            row[f"{key} sd"] = by_seed.std(ddof=1) if len(seeds) > 1 else None
             for label, other in (("equal", "equal"), ("control", row["control"])):
                 row[f"{key} to {label}"] = None
                 if other != arm and (text, steps, other, seeds[0]) in runs:
@@ -230,8 +228,9 @@ def main():
     parser.add_argument("--ref-steps", type=int, default=1500, help="updates of rho1's reference")
     parser.add_argument("--value-steps", type=int, default=400, help="updates of the critic's V")
     args = parser.parse_args()
-    free = ("jobs", "seeds", "steps", "texts", "arms", "shift")
-    out, settings = tools.prepare_proof(args, free, num_layers=5)
+    if "shift" in args.texts and not all(args.shift):
+        parser.error("--texts shift: name its two texts by --shift TARGET HELDOUT")
+    out, settings = tools.prepare_proof(args, ("jobs", "seeds", "steps", "texts", "arms"), 5)
     tools.write_changed(out / "oracle.py", "baseline_mtp.py", OLD, ORACLE)
     write_bugs(out)
     tasks, of_bugs = [], TEXTS["bugs"]

@@ -2,11 +2,9 @@
 
 import argparse
 import collections
-import concurrent.futures
 import contextlib
 import importlib
 import json
-import multiprocessing
 import os
 import platform
 import shutil
@@ -14,6 +12,8 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -237,8 +237,7 @@ def kept(file, work):
     if file.exists():
         return json.loads(file.read_text())
     began = time.time()
-    result = work()
-    result |= dict(seconds=time.time() - began, ended=time.time())
+    result = work() | dict(seconds=time.time() - began, ended=time.time())
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(result))
     temporary.replace(file)
@@ -258,8 +257,7 @@ def run_jobs(function, tasks, num_jobs):
     """Results of `function(*task)`, by `kept`, in their order; so many processes of one thread."""
     os.environ["OMP_NUM_THREADS"] = "1"
     began, results, done = time.time(), [], 0
-    spawn = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(num_jobs, spawn, initializer=quiet)
+    pool = ProcessPoolExecutor(num_jobs, get_context("spawn"), initializer=quiet)
     try:
         futures = [pool.submit(function, *task) for task in tasks]
         for number, future in enumerate(futures, start=1):
