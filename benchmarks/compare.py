@@ -21,10 +21,9 @@ head) trains on what grad's target is from: stdlib:b, TARGET, or the correct tra
 trained for each seed, from its first weights. `weighted` has the effective share of `skip`.
 
 Judged from the final models: head 1 on every fourth held-out row, on bugs on the correct functions;
-preference: how often one is likelier than its broken sibling. Differences to `equal` and to an
-arm's control: means over seeds, 95 % by a paired bootstrap over documents (functions). AUC: noise
-scores lower than clean text; it, weights and ess: last fifth of the updates. A reference's losses
-are kept in a file: the seconds of the first arm hold them.
+preference: how often one is likelier than its broken sibling. Differences: means over seeds, 95 %
+by a paired bootstrap over documents (functions). AUC: noise scores lower than clean text; it,
+weights and ess: last fifth of the updates. The first arm's seconds hold the reference's losses.
 """
 
 import contextlib
