@@ -40,9 +40,8 @@ def config_of(params, tensors):
     sizes["num_key_value_heads"] = params.get("n_kv_heads") or params["n_heads"]
     sizes["max_position_embeddings"] = params.get("max_seq_len", 4096)
     sizes |= dict(rms_norm_eps=params["norm_eps"], rope_theta=params.get("rope_theta", 10000.0))
-    return transformers.LlamaConfig(
-        **sizes, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2
-    )
+    sizes |= dict(tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
+    return transformers.LlamaConfig(**sizes)
 
 
 def layer_state(tensors, prefix, num_attention_heads):
@@ -91,9 +90,8 @@ def main():
     model, tokenizer = load_meta(args.meta_folder), load_tokenizer(args.meta_folder)
     args.out.mkdir(parents=True, exist_ok=True)
     save_model(model, tokenizer, args.out / "model", Ranks())
-    print(
-        f"{args.out}/model: {len(model.heads.layers)} heads, {len(model.trunk_layers)} trunk layers"
-    )
+    num_heads, num_layers = len(model.heads.layers), len(model.trunk_layers)
+    print(f"{args.out}/model: {num_heads} heads, {num_layers} trunk layers")
 
 
 if __name__ == "__main__":

@@ -12,16 +12,15 @@ bugs: for each seed (it fixes the held-out files too) a policy trains on the cor
 stdlib-bugs, a value on that policy, and from both each arm. Judged: head 1's loss on correct
 held-out functions; preference: how often a function is likelier than its broken sibling. sums: a
 policy trains on all records, a value on it, and each arm from scratch. Judged: the share of right
-answers to held-out sums. Every run is the script, some with CHANGES, in a process of one
-thread; the table has all runs in OUT. Intervals: paired bootstrap over the items of all seeds.
+answers to held-out sums. Every run is the script (`oracle`: a changed copy), on
+one thread; the table has all runs in OUT. Intervals: paired bootstrap over the items of all seeds.
 """
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import tools
-from common import IGNORE, Ranks, build_model, generate, imitate_all, load_data
+from common import Ranks, build_model, generate, imitate_all, load_data
 from critic_wmtp import siblings
 
 ALL, CORRECT, SHUFFLED = {"train_on": "all"}, {"train_on": "correct"}, {"control": "shuffle"}
@@ -43,17 +42,8 @@ ARMS = {
     "ratio_8_correct": RATIO | CORRECT | {"strength": 8},
     "ratio_8_correct_shuffled": RATIO | CORRECT | SHUFFLED | {"strength": 8},
 }
-WITHOUT = ["no_smoothing", "no_gate", "no_centring", "mlp"]  # parts of the window
-PARTS = dict.fromkeys(WITHOUT, WINDOW | ALL)
-PARTS["ratio_8_gate"] = RATIO | ALL | {"strength": 8, "max_weight": 1}
-CHANGES = [  # arm, and lines of critic_wmtp.py before and after
-    ("oracle", "= window_scores(logit_BT, target_BT)", "= -batch.is_noise_BT.float()"),
-    ("no_smoothing", "target_BT, reach=2", "target_BT, reach=0"),
-    ("no_gate", "clamp(args.epsilon, 1)", "clamp(args.epsilon, args.max_weight)"),
-    ("no_centring", " - ((window_BT * target_BT).sum(1) / count_B)[:, None]", ""),
-    ("mlp", "trunk_BTD + self.mix(torch.cat(embedded, -1))", "trunk_BTD"),
-    ("mlp", "(evidence_BT * prefix_BT).cumsum(1)", "evidence_BT"),
-]
+# before and after in critic_wmtp.py
+ORACLE = ("= window_scores(logit_BT, target_BT)", "= -batch.is_noise_BT.float()")
 TASKS = {
     "bugs": dict(batch_size=8, steps=200, base_steps=500, value_steps=400, arms=list(ARMS)),
     "sums": dict(batch_size=64, steps=800, base_steps=800, value_steps=1500),
@@ -62,12 +52,14 @@ TASKS["sums"]["arms"] = ["equal_correct", "equal_all", "ratio"]
 
 
 def judge_bugs(model, tokenizer, seed):
-    """`(loss, tokens)` of every held-out function; `(preferred to its broken sibling, 1)`."""
-    rows = load_data(tools.data_args("stdlib-bugs", seed=seed), tokenizer, Ranks()).heldout
-    loss_N, count_N = [], []
-    for batch, loss_BT, _ in tools.heldout_losses(model, imitate_all(rows), np.arange(len(rows))):
-        loss_N += loss_BT.sum(1).tolist()
-        count_N += (batch.targets_KBT[0] != IGNORE).sum(1).tolist()
+    args = tools.data_args("stdlib-bugs", seed=seed)
+    return judge_functions(model, load_data(args, tokenizer, Ranks()).heldout)
+
+
+def judge_functions(model, rows):
+    """`(loss, tokens)` of every function; `(preferred to its broken sibling, 1)`."""
+    sums_D3 = tools.document_sums(model, imitate_all(rows), np.arange(len(rows)))
+    loss_N, _, count_N = sums_D3[rows[:]["document"][:, 0]].T  # a row is a document
     pairs = [(right[0], wrong[0]) for wrong, right in siblings(rows) if right and wrong]
     loss = [(loss_N[right], count_N[right]) for right, _ in pairs]
     margins = [np.sign(loss_N[wrong] - loss_N[right]) for right, wrong in pairs]
@@ -107,17 +99,13 @@ def one_run(args, what, name, seed):
     elif what == "value":
         flags |= ready | dict(value_steps=args.value_steps, max_steps=1)
     else:
-        value = out / f"value {'mlp' if name == 'mlp' else 'window'} {seed}"
+        value = out / f"value window {seed}"
         flags |= scratch if is_sums else ready
         flags |= dict(max_steps=args.steps, value_head=value / "value_head.safetensors")
-        flags |= {**ARMS, **PARTS}[name]
+        flags |= ARMS[name]
 
     def work():
-        shutil.rmtree(run_dir, ignore_errors=True)
-        words = tools.as_flags(flags)
-        tools.run_script(script, words, out / f"{label}.txt")
-        lines = tools.read_metrics(run_dir)
-        command = " ".join([Path(script).name, *words]).replace(str(out), "OUT")
+        lines, command = tools.train(script, flags, out / f"{label}.txt")
         figures = dict(what=what, name=name, seed=seed, command=command)
         if what == "value":
             figures["value"] = next(line for line in lines if "value/auc" in line)
@@ -126,7 +114,6 @@ def one_run(args, what, name, seed):
             figures["items"] = (judge_sums if is_sums else judge_bugs)(*loaded, seed)
             ess = [line["weights/ess_frac"] for line in lines if "weights/ess_frac" in line]
             figures["ess"] = float(np.mean(ess[-100:]))
-        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
         return figures
 
     return tools.kept(out / f"{label}.json", work)
@@ -153,30 +140,8 @@ def summary(results):
     return rows
 
 
-def cell(value):
-    if isinstance(value, tuple):
-        return f"{value[0]:+.4f} [{value[1][0]:+.4f}, {value[1][1]:+.4f}]"
-    return f"{value:.4f}" if isinstance(value, float) else value or ""
-
-
-def plot(rows, file):
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(layout="constrained")
-    keys = ("loss to correct", "preference to correct")
-    places = {row["name"]: [(row[key] or [0])[0] for key in keys] for row in rows}
-    curve = [places[name] for name in ("equal_all", "ratio", "ratio_8") if name in places]
-    axes.plot(*np.array(curve).reshape(-1, 2).T, color="0.7", label="ratio, strength 0, 1, 8")
-    for name, place in places.items():
-        axes.plot(*place, "o", color="C0")
-        axes.annotate(name, place, fontsize=7)
-    axes.set(xlabel="loss to equal_correct (nats)", ylabel="preference to equal_correct")
-    axes.legend()
-    figure.savefig(file, dpi=110)
-
-
 def main():
-    parser = tools.proof_parser(__doc__, None, None, [*ARMS, *PARTS])
+    parser = tools.proof_parser(__doc__, None, None, ARMS)
     parser.set_defaults(seeds=5, arms=None)
     parser.add_argument("--task", choices=TASKS, default="bugs")
     parser.add_argument("--first-seed", type=int, default=3)
@@ -186,13 +151,8 @@ def main():
     for name, value in TASKS[args.task].items():
         setattr(args, name, getattr(args, name) or value)
     out, settings = tools.prepare_proof(args, ("jobs", "seeds", "first_seed", "arms"), num_layers=5)
-    sources = dict.fromkeys([c[0] for c in CHANGES], (tools.ROOT / "critic_wmtp.py").read_text())
-    for name, old, new in CHANGES:
-        assert sources[name].count(old) == 1, f"critic_wmtp.py: not once: {old}"
-        sources[name] = sources[name].replace(old, new)
-        (out / f"{name}.py").write_text(sources[name])
-    values = [("value", "window"), ("value", "mlp")][: 1 + ("mlp" in args.arms)]
-    phases = [[("base", "policy")], values, [("arm", arm) for arm in args.arms]]
+    tools.write_changed(out / "oracle.py", "critic_wmtp.py", *ORACLE)
+    phases = [[("base", "policy")], [("value", "window")], [("arm", arm) for arm in args.arms]]
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     for phase in phases:  # each needs the one before
         tasks = [(args, *task, seed) for seed in seeds for task in phase]
@@ -204,9 +164,10 @@ def main():
     record["commands"] = [r["command"] for r in results if r["seed"] == args.first_seed]
     tools.write_json(out / "critic_proof.json", {**record, "rows": rows, "values": values})
     print(*(f"V {v['name']} {v['seed']}: {v['value']}" for v in values), sep="\n")
-    tools.print_table(list(rows[0]), [map(cell, row.values()) for row in rows])
-    if args.task == "bugs":
-        plot(rows, out / "critic_proof.png")
+    tools.print_table(list(rows[0]), [map(tools.cell, row.values()) for row in rows])
+    keys = [key for key in rows[0] if key.endswith("to correct")]
+    results = [(key, "arms", row["name"], row[key]) for row in rows for key in keys]
+    tools.plot_differences(results, out / "critic_proof.png")
 
 
 if __name__ == "__main__":

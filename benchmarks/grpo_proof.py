@@ -14,7 +14,6 @@ arm goes on from it. Judged on held-out sums: the share of right answers, greedy
 and after. Every run is the script, some with CHANGES, in a process of one thread.
 """
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -54,14 +53,10 @@ def one_run(args, name, seed):
         flags |= dict(warmup_steps=5, max_steps=args.steps) | ARMS[name]
 
     def work():
-        shutil.rmtree(run_dir, ignore_errors=True)
-        words = tools.as_flags(flags)
-        tools.run_script(script, words, out / f"{label}.txt")
-        command = " ".join([Path(script).name, *words]).replace(str(out), "OUT")
+        lines, command = tools.train(script, flags, out / f"{label}.txt")
         figures = dict(name=name, seed=seed, command=command)
         if name != "start":
-            figures["figures"] = figures_of(tools.read_metrics(run_dir))
-        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+            figures["figures"] = figures_of(lines)
         return figures
 
     return tools.kept(out / f"{label}.json", work)
@@ -91,10 +86,8 @@ def main():
     parser.set_defaults(num_heads=3)
     args = parser.parse_args()
     out, settings = tools.prepare_proof(args, ("jobs", "seeds", "arms"), num_layers=5)
-    for name, (old, new) in CHANGES.items():
-        source = (tools.ROOT / "grpo_wmtp.py").read_text()
-        assert source.count(old) == 1, f"grpo_wmtp.py: not once: {old}"
-        (out / f"{name}.py").write_text(source.replace(old, new))
+    for name, change in CHANGES.items():
+        tools.write_changed(out / f"{name}.py", "grpo_wmtp.py", *change)
     for names in (["start"], args.arms):  # a start comes before its arms
         tasks = [(args, name, seed) for seed in range(args.seeds) for name in names]
         results = tools.run_jobs(one_run, tasks, args.jobs)

@@ -4,11 +4,11 @@
     python benchmarks/step_cost.py --model FOLDER/config.json --batch-size 1 --steps 20 \\
         --forms baseline "rho1, token_skip" --out benchmarks/step_cost_vocabulary.json
 
-The scripts themselves run and take turns: 4 heads, 4 x 256 tokens, the default model, a reference
-of its size with 1 head, noise 0.3. The critic and a baseline of its own train on stdlib-bugs, where
-half of the records have no targets. The peer is the baseline. A config.json beside a tokenizer
-shows what a large vocabulary changes. A step's seconds come from `perf/tokens_per_s`, without the
-first ten. The table gives medians over rounds, and ratios to the baseline of the same round.
+The scripts themselves run in one process of one thread and take turns: 4 heads, 4 x 256 tokens, the
+default model, a reference of its size with 1 head, noise 0.3. The critic and a baseline of its own
+train on stdlib-bugs. The peer is the baseline. A config.json beside a tokenizer shows what a large
+vocabulary changes. A step's seconds come from `perf/tokens_per_s`, without the first ten. The table
+gives medians over rounds, and ratios to the baseline of the same round.
 """
 
 import statistics
@@ -49,6 +49,7 @@ def main():
     names = list(forms_of(Path()))
     parser.add_argument("--forms", nargs="+", choices=names, default=names)
     args = parser.parse_args()
+    tools.quiet()
     folder = Path(tempfile.mkdtemp(prefix="step_cost-"))
     common = dict(seq_len=LENGTH, batch_size=args.batch_size, tracker="none", save_every=0)
     common |= dict(device=args.device, dtype="fp32", mtp_schedule="constant", num_heads=4)
@@ -59,8 +60,7 @@ def main():
     (folder / "text.txt").write_text("".join(texts))
 
     def run(script, **flags):
-        tools.run_script(script, tools.as_flags(common | flags), folder / "last.txt")
-        lines = tools.read_metrics(flags["run_dir"])
+        lines, _ = tools.train(script, common | flags, folder / "last.txt")
         speeds = [line["perf/tokens_per_s"] for line in lines if "perf/tokens_per_s" in line]
         return [args.batch_size * LENGTH / speed for speed in speeds]
 

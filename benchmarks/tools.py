@@ -1,20 +1,26 @@
 """What the benchmarks share: records of measurements, runs of the scripts, medians, intervals."""
 
 import argparse
-import concurrent.futures
+import collections
+import contextlib
+import importlib
 import json
-import multiprocessing
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import scipy.stats
+import tyro
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for `from common import ..`
@@ -45,7 +51,8 @@ def proof_parser(doc, steps, batch_size, arms):
     result.add_argument("--model", default="", help="empty: a small Llama of width 96")
     result.add_argument("--seeds", type=int, default=3)
     result.add_argument("--num-heads", type=int, default=2)
-    result.add_argument("--steps", type=int, default=steps)
+    several = "+" if isinstance(steps, list) else None
+    result.add_argument("--steps", type=int, nargs=several, default=steps)
     result.add_argument("--batch-size", type=int, default=batch_size)
     result.add_argument("--device", default="cpu")
     result.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
@@ -101,6 +108,35 @@ def in_turn(names, number):
     return names[first:] + names[:first]
 
 
+def cell(value):
+    """A figure of a table; a pair is a difference with its interval."""
+    if isinstance(value, tuple):
+        return f"{value[0]:+.4f} [{value[1][0]:+.4f}, {value[1][1]:+.4f}]"
+    return f"{value:.4f}" if isinstance(value, float) else str("" if value is None else value)
+
+
+def plot_differences(results, file):
+    """Points with intervals; of each its panel, its colour, its name, and what `cell` takes."""
+    panels = collections.defaultdict(lambda: collections.defaultdict(dict))
+    for title, label, name, result in results:
+        if result:
+            panels[title][label][name] = result
+    figure = Figure(figsize=(4.5 * len(panels), 4), layout="constrained")
+    every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, series) in zip(every_axes, panels.items()):
+        for number, (label, points) in enumerate(series.items()):
+            middle_N = np.array([middle for middle, _ in points.values()])
+            error_2N = abs(np.array([interval for _, interval in points.values()]).T - middle_N)
+            options = dict(fmt="o", capsize=3, label=label)
+            axes.errorbar(middle_N, np.arange(len(points)) + number / 5, xerr=error_2N, **options)
+        axes.set_yticks(range(len(points)), list(points))
+        axes.axvline(0, color="0.6", linewidth=1)
+        axes.set_title(title)
+        axes.invert_yaxis()
+    axes.legend()
+    figure.savefig(file, dpi=110)
+
+
 def print_table(header, rows):
     for cells in (header, ["---"] * len(header), *rows):
         print(f"| {' | '.join(cells)} |")
@@ -119,27 +155,38 @@ def as_flags(values):
     return words
 
 
-def run_script(script, words, log=None, threads=1):
-    """Run a training script of the project; the process prints to `log` (None: nowhere).
+def write_changed(file, script, old, new):
+    """Write a copy of a script in which a piece of its text is another."""
+    source = (ROOT / script).read_text()
+    assert source.count(old) == 1, f"{script}: not once: {old}"
+    Path(file).write_text(source.replace(old, new))
+
+
+def train(script, flags, log):
+    """Run a script in this process, from an empty run folder; returns metrics and command.
+
+    That spares a process its imports; the numbers are the same. The run's checkpoints are deleted.
 
     Raises:
-        RuntimeError: it failed; holds its last words.
+        RuntimeError: it failed, or a signal stopped it; `log` holds what it printed.
     """
-    script = Path(script) if Path(script).is_absolute() else ROOT / script
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, str(script), *map(str, words)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    done = subprocess.run(line, env=env, **pipes)
-    if log:
-        Path(log).write_text(done.stdout)
-    if done.returncode:
-        raise RuntimeError(f"{script.name} {' '.join(line[2:])}\n{done.stdout[-2000:]}")
-
-
-def read_metrics(run_dir):
-    """The lines of a run's metrics.jsonl."""
-    text = (Path(run_dir) / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    script, words, run_dir = ROOT / script, as_flags(flags), Path(flags["run_dir"])
+    shutil.rmtree(run_dir, ignore_errors=True)
+    sys.path.insert(0, str(script.parent))
+    module = importlib.import_module(script.stem)
+    argv, sys.argv = sys.argv, [str(script), *words]  # a run records its command
+    with open(log, "w") as file:
+        try:
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                module.main(tyro.cli(module.Args, args=words))
+        except (Exception, SystemExit) as error:
+            raise RuntimeError(f"{log}: {error!r}") from error
+        finally:
+            sys.argv = argv
+    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    command = " ".join([script.name, *words]).replace(str(run_dir.parent), "OUT")
+    return [json.loads(line) for line in lines], command
 
 
 def prepare_proof(args, free, num_layers):
@@ -166,18 +213,23 @@ def data_args(data, **changes):
     return SimpleNamespace(data=data, **{**defaults, **changes})
 
 
-def heldout_losses(model, rows, numbers):
-    """Yields batches of held-out rows with head 1's loss and correctness, `[B, T]` each."""
+def document_sums(model, rows, numbers):
+    """Head 1's loss, correct and all targets of each held-out document, sums `[documents, 3]`."""
     import torch
 
-    from common import load_batch
+    from common import IGNORE, load_batch
 
     model.eval()
+    sums_D3 = np.zeros((rows[:]["document"].max() + 1, 3))
     for first in range(0, len(numbers), 32):
         batch = load_batch(rows, numbers[first : first + 32], 1, "cpu")
         with torch.no_grad():
             loss, correct = model(batch.x_BT, batch.targets_KBT, "correct")
-        yield batch, loss[0], correct[0]
+        valid_BT = batch.targets_KBT[0] != IGNORE
+        values_3N = torch.stack([loss[0], correct[0], valid_BT])[:, valid_BT].double().numpy()
+        document_N = rows[batch.rows_B]["document"][valid_BT.numpy()]
+        np.add.at(sums_D3, document_N, values_3N.T)
+    return sums_D3
 
 
 def kept(file, work):
@@ -185,7 +237,7 @@ def kept(file, work):
     if file.exists():
         return json.loads(file.read_text())
     began = time.time()
-    result = {**work(), "seconds": time.time() - began}
+    result = work() | dict(seconds=time.time() - began, ended=time.time())
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(result))
     temporary.replace(file)
@@ -202,18 +254,22 @@ def quiet():
 
 
 def run_jobs(function, tasks, num_jobs):
-    """Results of `function(*task)` in their order, in so many processes of one thread at once."""
+    """Results of `function(*task)`, by `kept`, in their order; so many processes of one thread."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    began, results = time.time(), []
-    spawn = multiprocessing.get_context("spawn")
-    options = dict(mp_context=spawn, initializer=quiet)
-    with concurrent.futures.ProcessPoolExecutor(num_jobs, **options) as pool:
+    began, results, done = time.time(), [], 0
+    pool = ProcessPoolExecutor(num_jobs, get_context("spawn"), initializer=quiet)
+    try:
         futures = [pool.submit(function, *task) for task in tasks]
         for number, future in enumerate(futures, start=1):
             results.append(future.result())
+            done += results[-1]["ended"] > began  # not by an earlier call
+            spent = time.time() - began
+            left = spent * (len(tasks) - number) / max(1, done)
             name = " ".join(str(part) for part in tasks[number - 1][1:])
-            took = f"{results[-1]['seconds']:.0f} s, {time.time() - began:.0f} s in all"
+            took = f"{results[-1]['seconds']:.0f} s, {spent:.0f} s in all, {left:.0f} s left"
             print(f"{number:>3}/{len(tasks)}  {name:<28} {took}", flush=True)
+    finally:  # after an error or Ctrl-C no further task begins
+        pool.shutdown(cancel_futures=True)
     return results
 
 

@@ -52,15 +52,11 @@ class Turns:
 
 def run_ours(num_heads, args):
     """The script's own `main`."""
-    import tyro
-
-    import baseline_mtp
-
     flags = dict(model=args.config, num_heads=num_heads, mtp_schedule="constant", max_steps=10**6)
     flags |= dict(run_dir=Path(args.config).parent / f"ours {num_heads}", seq_len=args.seq_len)
     flags |= dict(batch_size=args.batch_size, save_every=0, tracker="none", device=args.device)
     flags["dtype"] = "fp32" if args.device == "cpu" else "bf16"
-    baseline_mtp.main(tyro.cli(baseline_mtp.Args, args=tools.as_flags(flags)))
+    tools.train("baseline_mtp.py", flags, os.devnull)
 
 
 def rows_and_model(args, num_heads):
