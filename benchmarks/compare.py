@@ -57,7 +57,6 @@ ARMS = {  # script and flags
     "random": ("rho1_wmtp.py", {**SKIP, "control": "random"}),
     # by --arms alone
     "mixed": ("rho1_wmtp.py", {"mode": "weighted"}),
-    "abs": ("rho1_wmtp.py", {"mode": "weighted", "score": "abs"}),
     "gate_token": ("grad_wmtp.py", {"smooth": 0}),
     "skip_grad": ("grad_wmtp.py", {"mode": "token_skip"}),
     "skip_token": ("grad_wmtp.py", {"mode": "token_skip", "smooth": 0}),

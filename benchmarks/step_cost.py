@@ -30,7 +30,6 @@ def forms_of(folder):
         "baseline": ("baseline_mtp.py", text),
         "rho1, weighted": ("rho1_wmtp.py", dict(rho1, mode="weighted")),
         "rho1, token_skip": ("rho1_wmtp.py", dict(rho1, mode="token_skip")),
-        "rho1, --ref-online": ("rho1_wmtp.py", dict(rho1, mode="weighted", ref_online=True)),
         "grad, weighted": ("grad_wmtp.py", dict(grad, mode="weighted")),
         "grad, token_skip": ("grad_wmtp.py", dict(grad, mode="token_skip")),
         "baseline, records": ("baseline_mtp.py", BUGS),
