@@ -23,7 +23,7 @@ trained for each seed, from its first weights. `weighted` has the effective shar
 Judged from the final models: head 1 on every fourth held-out row, on bugs on the correct functions;
 preference: how often one is likelier than its broken sibling. Differences: means over seeds, 95 %
 by a paired bootstrap over documents (functions). AUC: noise scores lower than clean text; it,
-weights and ess: last fifth of the updates. The first arm's seconds hold the reference's losses.
+weights and ess: last fifth of the updates. Of rho1's arms the first pays for reference losses.
 """
 
 import contextlib
@@ -202,7 +202,7 @@ def summary(results):
                     sums = items_SN2[..., 0].mean(0), np.array(others)[..., 0].mean(0)
                     result = tools.difference_with_interval(*sums, items_SN2[0, :, 1])
                     row[f"{key} to {label}"] = result
-        for key in (*FIGURES, "seconds"):
+        for key in (*FIGURES, "cpu_seconds"):
             values = [run[key] for run in own]
             row[key] = None if None in values else float(np.mean(values))
         rows.append(row)
@@ -251,7 +251,6 @@ def main():
         panel = f"{row['text']}: {key} to equal", f"{row['updates']} updates", row["arm"]
         points.append((*panel, row.get(f"{key} to equal")))
     tools.plot_differences(points, out / "compare.png")
-    print(f"{out}/compare.json, compare.png")
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def plot_differences(results, file):
         if result:
             panels[title][label][name] = result
     figure = Figure(figsize=(4.5 * len(panels), 4), layout="constrained")
-    every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    every_axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
     for axes, (title, series) in zip(every_axes, panels.items()):
         for number, (label, points) in enumerate(series.items()):
             middle_N = np.array([middle for middle, _ in points.values()])
@@ -133,7 +133,7 @@ def plot_differences(results, file):
         axes.axvline(0, color="0.6", linewidth=1)
         axes.set_title(title)
         axes.invert_yaxis()
-    axes.legend()
+        axes.legend()
     figure.savefig(file, dpi=110)
 
 
@@ -236,8 +236,9 @@ def kept(file, work):
     """What `work()` returned, from `file` where an earlier call left it there."""
     if file.exists():
         return json.loads(file.read_text())
-    began = time.time()
-    result = work() | dict(seconds=time.time() - began, ended=time.time())
+    began, cpu = time.time(), time.process_time()
+    result = work()
+    result |= dict(began=began, seconds=time.time() - began, cpu_seconds=time.process_time() - cpu)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(result))
     temporary.replace(file)
@@ -262,7 +263,7 @@ def run_jobs(function, tasks, num_jobs):
         futures = [pool.submit(function, *task) for task in tasks]
         for number, future in enumerate(futures, start=1):
             results.append(future.result())
-            done += results[-1]["ended"] > began  # not by an earlier call
+            done += results[-1]["began"] > began  # not by an earlier call
             spent = time.time() - began
             left = spent * (len(tasks) - number) / max(1, done)
             name = " ".join(str(part) for part in tasks[number - 1][1:])
