@@ -3,7 +3,7 @@
 H heads on one trunk predict the next H tokens at once (Gloeckle et al. 2024,
 https://arxiv.org/abs/2404.19737, eq. 2):
 
-    L = 1/N * sum_t sum_k  m[t,k] * w[t+k] * CE[t,k]     with w = 1, or the data's weights
+    L = 1/N * sum_t sum_k  m[t,k] * w[t+k] * CE[t,k]     with w = 1
 
     symbol   variable       meaning
     CE[t,k]  loss_KBT       cross entropy (nats) of head k at position t for the token k places on
@@ -98,8 +98,8 @@ class Args:
 
 # ------------------------------------------------------------------------------------- algorithm
 def token_weights(batch, loss_KBT):
-    """Weight of every token, `[B, T]`: 1, or what the data says."""
-    return batch.weight_BT
+    """Weight of every token, `[B, T]`: 1."""
+    return torch.ones_like(batch.x_BT, dtype=torch.float32)
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -153,6 +153,7 @@ def main(args):
             # ALGO LOGIC: every token weighs 1
             weight_BT = token_weights(batch, loss_KBT)
 
+            weight_BT = weight_BT * batch.weight_BT  # of the data; 1 where it has none
             weight_KBT = weights_of_targets(weight_BT, num_heads)
             objective = (weight_KBT * loss_KBT).sum() / num_valid
             objective.backward()

@@ -78,15 +78,19 @@ def first_line(error):
 
 
 @contextlib.contextmanager
-def errors_as(start):
-    """Turn what libraries raise, which has no common class, into one line that begins so."""
+def errors_as(start, other=None):
+    """Turn what libraries raise, which has no common class, into one line that begins so.
+
+    A `UsageError` keeps its line, with the flag of `start` in the place of the flag `other`.
+    """
     try:
         yield
     except Exception as error:
         if isinstance(error, datasets.exceptions.DatasetGenerationError):
             error = error.__cause__
         if isinstance(error, UsageError):
-            raise error from None
+            line = str(error)
+            raise UsageError(line.replace(other, start.split()[0], 1) if other else line) from None
         raise UsageError(f"{start} ({type(error).__name__}: {first_line(error)})") from error
 
 
@@ -231,9 +235,12 @@ def setup_ranks(device, dtype):
         has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bf16" if has_bf16 else "fp32"
     ranks = Ranks(device=torch.device(device))
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of torchrun
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if missing and "RANK" in os.environ:
+        raise UsageError(f"RANK is set without {', '.join(missing)}; unset it or use torchrun")
     ranks.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
-    if all(name in os.environ for name in names):
+    if not missing:
         ranks.rank, ranks.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device == "cuda":
         ranks.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -482,21 +489,26 @@ def select(score_N, skip_ratio):
 
 
 def weights_of_ess(weights, share):
-    """`weights(strength)`, `[N]`, at the strength that makes their effective share `share`.
+    """`weights(strength)`, `[N]`, at the least strength that makes their effective share `share`.
 
-    The effective share of tokens is (sum u)^2 / (N sum u^2); it must fall with the strength. Where
-    bounds on the weights keep it above `share`, they are those at the highest strength.
+    The effective share of tokens is (sum u)^2 / (N sum u^2). Where bounds on the weights keep it
+    above `share`, the strength is that of the least share.
     """
 
     def excess(log_strength):
-        u_N = weights(math.exp(log_strength)).double()
+        u_N = weights(math.exp(log_strength)).cpu().double()
         return (u_N.sum() ** 2 / (len(u_N) * u_N.square().sum())).item() - share
 
-    low, high = -12, 12
-    if len(weights(1.0)) == 0 or excess(low) <= 0:
-        return weights(math.exp(low))
-    log_strength = high if excess(high) >= 0 else brentq(excess, low, high, xtol=1e-4)
-    return weights(math.exp(log_strength))
+    tried = []
+    for log_strength in range(-12, 10, 2):
+        tried.append((excess(log_strength), log_strength))
+        if not tried[-1][0] > 0:  # NaN too, of scores that are not finite
+            break
+    if tried[-1][0] <= 0 and len(tried) > 1:
+        best = brentq(excess, log_strength - 2, log_strength, xtol=1e-4)
+    else:
+        best = min(tried)[1]
+    return weights(math.exp(best))
 
 
 def whiten(score_N, moments, decay=0.99):
@@ -562,7 +574,7 @@ def token_figure(also, softmax_NV, slope_NV, targets_N, hidden_ND):
 
     A token's gradient by the unembedding is the outer product of an error of the logits, `[V]`, and
     its state, `[D]`. So neither its norm nor its product with a direction needs that gradient. The
-    error takes the place of the softmax.
+    error is written over the softmax.
     """
     if also == "entropy":
         figure_N = torch.special.entr(softmax_NV).sum(-1)
@@ -580,7 +592,7 @@ def token_figure(also, softmax_NV, slope_NV, targets_N, hidden_ND):
 
 
 def slope_of(logits, softcap):
-    """Derivative of soft-capped logits by those before; None without a cap, where it is 1."""
+    """Derivative of the soft cap at these capped logits; None without a cap, where it is 1."""
     return None if softcap is None else 1 - (logits / softcap) ** 2
 
 
@@ -627,7 +639,8 @@ class TokenLosses(torch.autograd.Function):
             logits = logits_of(hidden_ND[rows], weight_VD, softcap, buffer)
             chosen = logits.gather(-1, targets_N[rows, None].clamp(min=0))[:, 0]
             largest, best = logits.max(-1, keepdim=True)
-            slope = None if also is None else slope_of(logits, softcap)
+            is_gradient = isinstance(also, torch.Tensor) or also == "norm"
+            slope = slope_of(logits, softcap) if is_gradient else None
             sum_N1 = logits.sub_(largest).exp_().sum(-1, keepdim=True)
             total_N[rows] = (sum_N1.log() + largest)[:, 0]
             loss_N[rows] = total_N[rows] - chosen
@@ -911,8 +924,9 @@ def load_data(args, tokenizer, ranks, score=None):
             from 0 on, which multiply those of every algorithm: `weight` of the row, EOS too, times
             `weights`, spans `[start, end, weight]` of characters of the completion or text (1
             outside; the last counts of those that overlap a token). In batches they are divided,
-            once, by the mean over head 1's targets in all of `train`: dividing in a micro-step
-            would cancel the weight of a record alone in it. Held-out figures have none.
+            once, by the mean over head 1's targets in all of `train`. (Divided in each micro-step,
+            the weight of a record would have no effect where it is alone.) Held-out figures have
+            none.
         args.heldout_data: held-out documents, named so too; empty: a part of `args.data`.
         args.seed: fixes which documents are held out. `stdlib:a` and `stdlib:b` train on one half
             each of what `stdlib` trains on with seed 0, and hold out the same, whatever the seed.
@@ -962,8 +976,7 @@ def _load_data(args, tokenizer, score):
             packed = packed.add_column("sibling", kept["sibling"].to_numpy())
             fingerprints.append(digest(kept["reward"].tolist()))
         if "weight" in packed.column_names:
-            mean = _mean_weight(packed.with_format("numpy"), args.data)
-            packed = packed.add_column("weight_mean", np.full(len(packed), mean))
+            packed = _with_mean_weight(packed.with_format("numpy"), args.data)
             fingerprints.append(digest(chosen[["weight", "weights"]].to_numpy().tolist()))
         rows[part] = packed.with_format("numpy")
 
@@ -988,17 +1001,18 @@ def _load_data(args, tokenizer, score):
     )
 
 
-def _mean_weight(rows, name):
-    """Mean of the data's own weights over all targets of head 1; says what it found."""
-    blocks = np.array_split(np.arange(len(rows)), 1 + len(rows) // 1000)
-    batches = (load_batch(rows, block, 1, "cpu") for block in blocks)
-    weights = [b.weight_BT[:, 1:][b.targets_KBT[0, :, :-1] != IGNORE] for b in batches]
-    weight_N = torch.cat(weights).double()
-    mean, limits = weight_N.mean().item(), f"{weight_N.min():.3g} to {weight_N.max():.3g}"
-    if mean == 0:
+def _with_mean_weight(rows, name):
+    """The rows with the mean of the data's weights over all targets of head 1, as a column."""
+    total, count = 0.0, 0
+    for block in np.array_split(np.arange(len(rows)), 1 + len(rows) // 1000):
+        batch = load_batch(rows, block, 1, "cpu")
+        weight_N = batch.weight_BT[:, 1:][batch.targets_KBT[0, :, :-1] != IGNORE].double()
+        total, count = total + weight_N.sum().item(), count + len(weight_N)
+    if total == 0:
         raise UsageError(f"--data {name}: the weights of all training targets are 0")
-    print(f"data      weights of its own: mean {mean:.3g}, {limits} (divided by the mean)")
-    return mean
+    print(f"data      has weights: their mean over the targets, {total / count:.3g}, becomes 1")
+    rows = rows.add_column("weight_mean", np.full(len(rows), total / count))
+    return rows.with_format("numpy")
 
 
 def digest(value):
@@ -1449,8 +1463,12 @@ def encode_spans(tokenizer, texts, is_chat=False):
     options = dict(add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     with errors_as("--model: its tokenizer gives no offsets; a fast one is needed"):
         encoded = tokenizer(list(texts), split_special_tokens=not is_chat, **options)
-    pairs = zip(encoded["input_ids"], encoded["offset_mapping"])
-    return [np.array([ids, *np.reshape(spans, (-1, 2)).T], int) for ids, spans in pairs]
+    results = []
+    for ids, spans in zip(encoded["input_ids"], encoded["offset_mapping"]):
+        begin_N, end_N = np.reshape(spans, (-1, 2)).astype(int).T
+        begin_N = np.minimum(begin_N, np.append(0, end_N)[:-1])  # a space before may be left out
+        results.append(np.array([ids, begin_N, end_N], int))
+    return results
 
 
 def _pieces(document, noise_frac, noise_by, key):
@@ -1521,8 +1539,10 @@ def load_batch(rows, numbers, num_heads, device):
 
 def imitate_all(rows):
     """The rows with a column that makes wrong records targets too."""
-    everything = np.ones(len(rows), bool)
-    return rows.add_column("is_imitated", everything).with_format("numpy")
+    rows = rows.add_column("is_imitated", np.ones(len(rows), bool)).with_format("numpy")
+    if "weight_mean" in rows.column_names:
+        rows = _with_mean_weight(rows.remove_columns("weight_mean"), "records")
+    return rows
 
 
 def make_targets(x_BT, document_BT, is_target_BT, num_heads):

@@ -35,6 +35,7 @@ Results: README.md
 import collections
 import copy
 import functools
+import hashlib
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,10 +52,10 @@ from sklearn.metrics import roc_auc_score
 
 from common import CORRECT, IGNORE, Run, Sums, UsageError, active_heads, batch_rows, build_model
 from common import check_ranges, check_run_args, clip_gradients, control_weights, count_targets
-from common import describe, digest, first_line, full_state, heldout_batches, imitate_all
-from common import learning_rate, load_batch, load_data, make_optimizer
-from common import micro_batch_rows, micro_batches, run_script, set_gradient_sync, setup_ranks
-from common import shard, weights_of_ess, weights_of_targets, whiten
+from common import describe, errors_as, full_state, heldout_batches, imitate_all, learning_rate
+from common import load_batch, load_data, make_optimizer, micro_batch_rows, micro_batches
+from common import run_script, set_gradient_sync, setup_ranks, shard, weights_of_ess
+from common import weights_of_targets, whiten
 
 # Shapes: B sequences, T positions, K heads, D width, R ranks, N targets of all ranks, or rows.
 GATE_TEMPERATURE = 0.7  # deviations of the score by which u falls to 1/e
@@ -220,7 +221,8 @@ def weigh(score_BT, valid_BT, moments, key, args, ranks):
         return (strength * score_N).exp().clamp(args.epsilon, most)
 
     u_N = weights_of_ess(power, args.target_ess) if args.target_ess else power(args.strength)
-    u_N = u_N if args.weights == "ratio" else u_N / u_N.mean()
+    if args.target_ess or args.weights != "ratio":
+        u_N = u_N / u_N.mean()
     u_N = control_weights(u_N, args.control, key, row_N)
     weight_RBT = torch.ones_like(score_RBT)
     weight_RBT[valid_RBT] = 1 + (1 - args.lambda_) * (u_N - 1)  # lambda + (1 - lambda) u
@@ -286,12 +288,9 @@ class Critic(nn.Module):
             self.value_coef = args.value_coef  # V follows the trunk through stage 2
         self.trunk_BTD, self.ranks, self.fingerprint = None, ranks, ""
         if args.value_head:
-            try:
+            with errors_as(f"--value-head {args.value_head}: no --value {args.value} of this run"):
                 self.value.load_state_dict(load_file(args.value_head))
-            except Exception as error:  # of files and of sizes: they have no common class
-                reason = f"holds no --value {args.value} of this model ({first_line(error)})"
-                raise UsageError(f"--value-head {args.value_head}: {reason}") from None
-            self.fingerprint = digest(Path(args.value_head).read_bytes().hex())
+            self.fingerprint = hashlib.sha256(Path(args.value_head).read_bytes()).hexdigest()
         policy.heads.register_forward_pre_hook(self.keep)
         shard(self.value.to(ranks.device), ranks)
 
@@ -413,11 +412,9 @@ def reward_scores(name, device, prompts, completions):
     is too long the end is read. A `UsageError` names a model that is no trained classifier.
     """
     flag, auto = f"--reward-model {name}", transformers.AutoModelForSequenceClassification
-    try:
+    with errors_as(f"{flag}: no sequence classifier"):
         model, info = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
-    except Exception as error:  # a broken folder raises errors without a common class
-        raise UsageError(f"{flag}: no sequence classifier ({first_line(error)})") from None
     config, longest = model.config, getattr(model.config, "max_position_embeddings", None)
     if info["missing_keys"] or info["mismatched_keys"] or config.num_labels > 2:
         raise UsageError(f"{flag}: {config.num_labels} outputs; needs a trained one of 1 or 2")

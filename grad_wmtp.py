@@ -45,7 +45,8 @@ from sklearn.metrics import roc_auc_score
 
 from common import IGNORE, Run, Sums, UsageError, active_heads, build_model, check_ranges
 from common import check_run_args, clip_gradients, control_weights, count_targets, describe
-from common import learning_rate, load_data, make_optimizer, micro_batch_rows, micro_batches
+from common import errors_as, learning_rate, load_data, make_optimizer, micro_batch_rows
+from common import micro_batches
 from common import run_script, select, set_gradient_sync, setup_ranks, shard, sum_like
 from common import weights_of_ess, weights_of_targets, whiten, whole
 
@@ -124,6 +125,8 @@ class Args:
         check_ranges(self, lambda_=(0, 1), target_rows=(0, 1e9), target_every=(1, 1e9))
         check_ranges(self, target_ema=(0, 0.9999), skip_ratio=(0, 0.9999))
         check_ranges(self, smooth=(0, 1e6), start=(1, 1e18), target_ess=(0, 1))
+        if self.target_ess and self.mode == "token_skip":
+            raise UsageError("--target-ess: --mode token_skip has no graded weights; use weighted")
         if self.train == "heads":
             raise UsageError("--train heads: the unembedding must train; use --train all")
         if not self.target:
@@ -224,11 +227,9 @@ class Target:
     def __init__(self, args, tokenizer, data, micro_batch_size, ranks):
         self.args, self.ranks, self.figures = args, ranks, {}
         self.micro_batch_size = micro_batch_size
-        try:
-            clean = replace(args, data=args.target, heldout_data="", noise_frac=0.0)
+        clean = replace(args, data=args.target, heldout_data="", noise_frac=0.0)
+        with errors_as(f"--target {args.target}: cannot be read", other="--data"):
             clean = load_data(clean, tokenizer, ranks)
-        except UsageError as error:
-            raise UsageError(str(error).replace("--data", "--target", 1)) from None
         if clean.fingerprint == data.fingerprint:
             ranks.print(f"warning   --target {args.target} holds the text of --data")
         self.rows, self.fingerprint = clean.train, clean.fingerprint
@@ -350,7 +351,7 @@ def main(args):
             weight_BT, values = token_weights(batch, score_KBT, *work)
             figures.append(values)
 
-            weight_BT = weight_BT * batch.weight_BT
+            weight_BT = weight_BT * batch.weight_BT  # of the data; 1 where it has none
             weight_KBT = weights_of_targets(weight_BT, num_heads)
             objective = (weight_KBT * loss_KBT).sum() / num_valid
             objective.backward()

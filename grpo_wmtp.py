@@ -251,10 +251,9 @@ class GroupBatch:
 
 
 class Sampler:
-    """Draws completions from the policy and rewards them.
+    """Draws completions from the policy; each depends on weights, seed, step and place alone.
 
-    A text depends on weights, seed, step and its place in the update, on nothing else. A
-    `UsageError` names sizes that do not fit, or data without prompts.
+    A `UsageError` names sizes that do not fit, or data without prompts or with weights.
     """
 
     def __init__(self, model, tokenizer, data, micro_batch_size, args, ranks):
@@ -262,17 +261,18 @@ class Sampler:
         self.micro_batch_size, self.args, self.ranks = micro_batch_size, args, ranks
         unit, longest = ranks.world_size * args.group_size, max_positions(model.causal_lm.config)
         if args.batch_size % unit:
-            reason = f"no multiple of {unit}, --group-size times ranks"
-            raise UsageError(f"--batch-size {args.batch_size}: {reason}")
+            raise UsageError(f"--batch-size {args.batch_size}: no multiple of {unit} completions")
         if args.seq_len + args.max_new_tokens > longest:
             sizes = f"and --seq-len {args.seq_len}: {longest} positions in --model at most"
             raise UsageError(f"--max-new-tokens {args.max_new_tokens} {sizes}")
         if any(rows["is_target"][:, 0].any() for rows in (data.train[:], data.heldout[:])):
             raise UsageError(f"--data {args.data}: holds no prompts; needs prompt and completion")
-        heldout = data.heldout
-        if "reward" in heldout.column_names:  # each prompt with its right answer
-            heldout = heldout.select(np.flatnonzero(heldout["reward"][:] > CORRECT))
-        self.heldout, self.num_prompts = heldout, args.batch_size // args.group_size
+        if "weight" in data.train.column_names:
+            raise UsageError(f"--data {args.data}: its weights have no use here; take them out")
+        self.heldout, self.num_prompts = data.heldout, args.batch_size // args.group_size
+        if "reward" in self.heldout.column_names:  # each prompt with its right answer
+            is_right_N = self.heldout["reward"][:] > CORRECT
+            self.heldout = self.heldout.select(np.flatnonzero(is_right_N))
 
     def draw(self, rows, numbers, seeds, temperature):
         """Samples for the prompts of these rows, a completion for each number."""

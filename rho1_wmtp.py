@@ -122,7 +122,7 @@ class Args:
     skip_ratio: float | Literal["auto"] = 0.3
     """Share of the valid tokens that token_skip leaves out, below 1; auto: estimated once."""
     skip_ramp: float = 0.0  # part of the run in which that share grows from 0
-    skip_documents: float = 0.0  # share of the tokens left out before, by whole documents
+    skip_documents: float = 0.0  # share of the targets that are left out first, whole documents
     control: Literal["none", "shuffle", "random"] = "none"
     """Weights without information: permuted among the tokens, or drawn from them anew."""
 
@@ -135,6 +135,10 @@ class Args:
         check_ranges(self, target_ess=(0, 1), skip_ramp=(0, 1), skip_documents=(0, 0.9999))
         if self.skip_ratio != "auto":
             check_ranges(self, skip_ratio=(0, 0.9999))
+        if self.target_ess and self.mode == "token_skip":
+            raise UsageError("--target-ess: --mode token_skip has no graded weights; use weighted")
+        if (self.skip_ramp or self.skip_ratio == "auto") and self.mode == "weighted":
+            raise UsageError("--skip-ratio auto, --skip-ramp: --mode weighted selects nothing")
         if not self.ref_model:
             example = "baseline_mtp.py --data stdlib:b --num-heads 1 --run-dir runs/reference"
             raise UsageError(f"--ref-model: name a reference; `{example}` trains one")
@@ -203,8 +207,9 @@ def rho1_metrics(figures, skip_ratio, args):
     score_N, weight_N, kept_N, noise_N = torch.cat(figures, 1).cpu().double()
     if len(score_N) == 0 or args.lambda_ == 1 or not score_N.isfinite().all():
         return {}
-    metrics = {"rho1/excess_mean": score_N.mean().item(), "rho1/skip_ratio": skip_ratio}
-    metrics["rho1/kept_frac"] = kept_N.mean().item()
+    metrics = {"rho1/excess_mean": score_N.mean().item(), "rho1/kept_frac": kept_N.mean().item()}
+    if args.mode == "token_skip":
+        metrics["rho1/skip_ratio"] = skip_ratio
     if 0 < noise_N.sum() < len(noise_N):
         metrics["weights/on_noise"] = weight_N[noise_N > 0].mean().item()
         metrics["weights/on_clean"] = weight_N[noise_N == 0].mean().item()
@@ -227,7 +232,7 @@ class Reference:
     def __init__(self, args, tokenizer, data, ranks):
         self.args, self.ranks, self.rows = args, ranks, data.train
         self.folder, flag = model_dir(args.ref_model), f"--ref-model {args.ref_model}"
-        with errors_as(f"{flag}: no model that can be read"):
+        with errors_as(f"{flag}: no model that can be read", other="--model"):
             config = transformers.AutoConfig.from_pretrained(self.folder)
             other = load_tokenizer(self.folder)
         text = config.get_text_config()
@@ -259,12 +264,13 @@ class Reference:
         self.losses = self.stored(self.rows, visited_N)
         if args.skip_documents:
             self.left_out_D = self.worst_documents(visited_N)
-            ranks.print(f"left out  {len(self.left_out_D)} documents (--skip-documents)")
         if args.skip_ratio == "auto":
-            mixed_NT = self.losses[np.sort(visited_N)[:: math.ceil(len(visited_N) / 4096)]]
+            sample_N = np.sort(visited_N)[:: math.ceil(len(visited_N) / 4096)]
+            is_out_NT = np.isin(self.rows[sample_N]["document"], self.left_out_D)
+            mixed_NT = np.where(is_out_NT, math.nan, self.losses[sample_N])
             heldout_NT = self.stored(data.heldout, np.arange(len(data.heldout)))
             share = noise_share(*(x[~np.isnan(x)] for x in (mixed_NT, heldout_NT)))
-            self.skip_ratio = round(ranks.broadcast(share), 3)
+            self.skip_ratio = min(0.999, round(ranks.broadcast(share), 3))
             ranks.print(f"left out  {self.skip_ratio} of the tokens (--skip-ratio auto)")
 
     def stored(self, rows, number_N):
@@ -282,7 +288,8 @@ class Reference:
                 np.lib.format.open_memmap(part, "w+", np.float32, shape)
             ranks.barrier()
             ranks.print(f"reference losses of {len(number_N):,} rows, computed once: {file}")
-            model = self.load()
+            with errors_as(f"--ref-model {args.ref_model}: cannot be read", other="--model"):
+                model = load_mtp(self.folder).to(ranks.device).eval()
             losses = np.lib.format.open_memmap(part, "r+")
             block_size = max(1, 8192 // args.seq_len)
             blocks = np.array_split(np.sort(number_N), math.ceil(len(number_N) / block_size))
@@ -299,12 +306,6 @@ class Reference:
             ranks.barrier()
         return np.load(file, mmap_mode="r")
 
-    def load(self):
-        try:
-            return load_mtp(self.folder).to(self.ranks.device).eval()
-        except UsageError as error:
-            raise UsageError(str(error).replace("--model", "--ref-model", 1)) from None
-
     def worst_documents(self, visited_N):
         """Documents of highest mean loss with at most --skip-documents of the visited targets."""
         num_documents = self.rows[len(self.rows) - 1]["document"].max() + 1
@@ -316,16 +317,21 @@ class Reference:
             np.add.at(count_D, document_T[is_target_T], 1)
         order_D = np.argsort(-loss_D / count_D.clip(min=1), kind="stable")
         share_D = count_D[order_D].cumsum() / count_D.sum()
-        return order_D[share_D <= self.args.skip_documents]
+        left_out_D = order_D[share_D <= self.args.skip_documents]
+        share = count_D[left_out_D].sum() / count_D.sum()
+        number = (count_D[left_out_D] > 0).sum()
+        self.ranks.print(f"left out  {number} documents, {share:.3f} of the targets")
+        return left_out_D
 
     def leave_out(self, batches, step):
-        """Take the targets of the left out documents from the batches; context they stay.
+        """Take the targets of the left out documents from the batches; they stay as context.
 
-        Returns the share of the others' tokens to leave out in update `step`, the first being 0.
+        Returns the skip ratio of update `step`, counted from 0.
         """
-        for batch in batches if len(self.left_out_D) else []:
-            is_out_BT = np.isin(self.rows[batch.rows_B]["document"], self.left_out_D)
-            batch.targets_KBT[:, torch.from_numpy(is_out_BT).to(self.ranks.device)] = IGNORE
+        if len(self.left_out_D):
+            for batch in batches:
+                is_out_BT = np.isin(self.rows[batch.rows_B]["document"], self.left_out_D)
+                batch.targets_KBT[:, torch.from_numpy(is_out_BT).to(self.ranks.device)] = IGNORE
         ramp = self.args.skip_ramp * self.args.max_steps
         return self.skip_ratio * min(1.0, step / ramp) if ramp else self.skip_ratio
 
@@ -395,7 +401,7 @@ def main(args):
             weight_BT, values = token_weights(batch, loss_KBT, *work)
             figures.append(values)
 
-            weight_BT = weight_BT * batch.weight_BT
+            weight_BT = weight_BT * batch.weight_BT  # of the data; 1 where it has none
             weight_KBT = weights_of_targets(weight_BT, num_heads)
             objective = (weight_KBT * loss_KBT).sum() / num_valid
             objective.backward()

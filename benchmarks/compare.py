@@ -2,7 +2,7 @@
 
     python benchmarks/compare.py --out OUT                410 runs: 5 seeds, 2 budgets, 4 texts
     python benchmarks/compare.py --out OUT --seeds 1      the table of a stopped run's whole seeds
-    python benchmarks/compare.py --out OUT --texts line byte clean shift --shift TARGET HELDOUT \\
+    python benchmarks/compare.py --out OUT2 --texts line byte clean shift --shift TARGET HELDOUT \\
         --arms grad gate_token skip_grad skip_token norm grad_shuffle grad_random target oracle
 
 CLAIM, written before the first run: (1) with noise lines `skip`, `weighted` and `auto` have a lower

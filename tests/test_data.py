@@ -22,7 +22,8 @@ import tokenizers
 import torch
 import transformers
 from sklearn.metrics import roc_auc_score
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import trainers
 from tokenizers.processors import TemplateProcessing
 
 import common
@@ -374,6 +375,21 @@ def test_one_text_is_cut_by_length_whatever_its_lines(tmp_path, name):
     assert loaded.heldout_bytes == num_bytes and 0.03 < num_bytes / len(text) < 0.045
 
 
+def test_every_character_lies_in_a_token_where_offsets_leave_out_spaces():
+    """A byte-level BPE tokenizer, which by itself gives the words without the space before."""
+    built = Tokenizer(models.BPE())
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.post_processor = processors.ByteLevel(trim_offsets=True)
+    text = "if caf\u00e9:\n        return  \u65e5"
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    built.train_from_iterator([text] * 3, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=built)
+    _, begin_N, end_N = common.encode_spans(tokenizer, [text])[0]
+    covered = [((begin_N <= place) & (place < end_N)).any() for place in range(len(text))]
+    assert all(covered) and (begin_N < end_N).all()
+
+
 CELLS = ["NA", "null", "None", "nan", "N/A", "007", "1e5", "a,b", 'say "é"', "two\nlines", "end"]
 
 
@@ -389,7 +405,7 @@ def test_every_cell_of_a_table_is_text_and_empty_ones_are_counted(tmp_path, caps
     assert Counter(all_records(loaded)) == Counter((f"{cell}?", cell) for cell in CELLS)
     printed = capsys.readouterr().out
     assert "11 document(s), 2 empty ones left out" in printed
-    assert "weights of its own: mean 0.5, 0.5 to 0.5 (divided by the mean)" in printed
+    assert "has weights: their mean over the targets, 0.5, becomes 1" in printed
 
 
 # ------------------------------------------------------------------------------ special tokens
@@ -578,6 +594,7 @@ def test_only_correct_records_are_imitated_unless_all_are(tmp_path):
     """Three records a prompt, of rewards 1, 0 and one that is missing and scored."""
     rewards = [("good", 1.0), ("bad", 0.0), ("odd", None)]
     records = [dict(completion=c, reward=r, prompt=f"{n}:") for n in range(40) for c, r in rewards]
+    records = [record | dict(weight=len(record["completion"])) for record in records]
 
     def score(prompts, completions):
         return np.array([0.6 if p[0] in "12" else 0.25 for p in prompts])
@@ -593,6 +610,9 @@ def test_only_correct_records_are_imitated_unless_all_are(tmp_path):
     is_valid, is_correct_B = everything.targets_KBT != IGNORE, correct.reward_B > 0.5
     assert torch.equal(is_valid[0].sum(1), correct.completion_BT.sum(1))
     assert torch.equal(correct.targets_KBT != IGNORE, is_valid & is_correct_B[None, :, None])
+    for batch in (correct, everything):  # the mean over what each imitates
+        weight_N = batch.weight_BT[:, 1:][batch.targets_KBT[0, :, :-1] != IGNORE]
+        assert weight_N.mean().item() == pytest.approx(1) and weight_N.std() > 0.05
 
 
 RECORD = {"prompt": "a", "completion": "b"}

@@ -392,13 +392,17 @@ BAD = [
     (dict(max_new_tokens=120), ["--max-new-tokens 120", "--seq-len 12", "128 positions"]),
     (dict(train="heads", head_loss="none"), ["--train heads", "--head-loss none"]),
     (dict(data="text.jsonl"), ["text.jsonl", "needs prompt and completion"]),
+    (dict(data="weighted.jsonl"), ["weighted.jsonl", "weights"]),
 ]
 
 
 @pytest.mark.parametrize("changes, words", BAD, ids=[words[0] for _, words in BAD])
 def test_bad_input_is_refused_in_one_line(material, start, tmp_path, changes, words):
+    rows = [dict(prompt=f"{n}+1=", completion="2", weight=n) for n in range(40)]
+    write_lines(tmp_path / "weighted.jsonl", rows)
     if "data" in changes:
-        changes = dict(data=material / "text.jsonl")
+        folder = material if changes["data"] == "text.jsonl" else tmp_path
+        changes = dict(data=folder / changes["data"])
     refused(lambda: run_grpo(start, tmp_path / "run", **changes), *words)
 
 

@@ -278,12 +278,13 @@ def test_figures_are_those_of_a_slow_loop():
     noise, kept = generator.random(40) < 0.3, weight > 0.5
     rows = torch.tensor(np.stack([score, weight, kept, noise]))
     micro_steps = [rows[:, :15], rows[:, 15:15], rows[:, 15:]]
+    args = rho1_args(mode="token_skip")
     pairs = [(n < c) + (n == c) / 2 for n in score[noise] for c in score[~noise]]
     expected = {"rho1/excess_mean": score.mean(), "rho1/kept_frac": kept.mean()}
     expected |= {"rho1/skip_ratio": 0.25, "rho1/noise_auc": np.mean(pairs)}
     expected["weights/on_noise"] = weight[noise].mean()
     expected["weights/on_clean"] = weight[~noise].mean()
-    assert rho1_wmtp.rho1_metrics(micro_steps, 0.25, rho1_args()) == pytest.approx(expected)
+    assert rho1_wmtp.rho1_metrics(micro_steps, 0.25, args) == pytest.approx(expected)
 
 
 # ----------------------------------------------------------------------------- what is left out
@@ -294,9 +295,9 @@ def test_the_share_of_noise_is_found_whatever_the_unit_of_the_losses(share):
     clean_N, other_N = random.gamma(1.0, 1.5, (2, N))
     noise_N = abs(random.normal(4.6, 0.3, N))
     mixed_N = np.where(random.random(N) < share, noise_N, other_N)
-    found = rho1_wmtp.noise_share(mixed_N, clean_N)
-    assert found == pytest.approx(share, abs=0.02)
-    assert rho1_wmtp.noise_share(np.exp(mixed_N), np.exp(clean_N)) == found
+    estimate = rho1_wmtp.noise_share(mixed_N, clean_N)
+    assert estimate == pytest.approx(share, abs=0.02)
+    assert rho1_wmtp.noise_share(np.exp(mixed_N), np.exp(clean_N)) == estimate
     assert rho1_wmtp.noise_share(clean_N, clean_N) == 0
 
 
@@ -311,6 +312,9 @@ def test_the_strength_of_weights_gives_the_effective_share_that_is_asked_for():
     assert equal_N.numpy() == pytest.approx(1, abs=1e-4)
     bounded_N = rho1_wmtp.weights_of_scores(score_N, 0, rho1_args(target_ess=0.01))
     assert 0.05 <= bounded_N.min() and bounded_N.max() <= 3  # as near as the bounds allow
+    args = rho1_args(target_ess=0.5)  # one token has no other share; NaN stays for the run to see
+    assert rho1_wmtp.weights_of_scores(score_N[:1], 0, args) == pytest.approx(1)
+    assert rho1_wmtp.weights_of_scores(score_N[:2] * math.nan, 0, args).isnan().all()
 
 
 def test_documents_of_highest_loss_lose_their_targets_whole(rho1):
@@ -338,13 +342,38 @@ def test_documents_of_highest_loss_lose_their_targets_whole(rho1):
     assert 1 - share <= kept < 1 - share + max(map(len, losses.values())) / total
 
 
+def test_left_out_documents_have_no_part_in_the_loss(rho1, tmp_path):
+    """The first update, in which the ramp leaves out no tokens: a plain mean over the others."""
+    shares = dict(skip_documents=0.25, skip_ratio=0.4, skip_ramp=1.0)
+    run = dict(mode="token_skip", max_steps=2, **shares)
+    assert run_rho1(rho1, tmp_path / "run", num_heads=1, **run) == 0
+    reference, data = reference_of(rho1, batch_size=8, **run)
+    rows = data.train[batch_rows(len(data.train), 8, 0, 0)]
+    x_BT, document_BT = torch.tensor(rows["input_ids"]).long(), rows["document"]
+    is_kept_BT = (document_BT[:, 1:] == document_BT[:, :-1]) & (document_BT[:, 1:] >= 0)
+    is_kept_BT &= ~np.isin(document_BT[:, 1:], reference.left_out_D)
+    torch.manual_seed(0)
+    logits = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG))(x_BT).logits
+    target_N = x_BT[:, 1:][torch.tensor(is_kept_BT)]
+    loss = F.cross_entropy(logits[:, :-1][torch.tensor(is_kept_BT)], target_N).item()
+    logged = metrics_of(tmp_path / "run")
+    assert [line["rho1/skip_ratio"] for line in logged[:2]] == pytest.approx([0, 0.2])
+    assert logged[0]["train/loss"] == pytest.approx(loss, rel=1e-5) and len(reference.left_out_D)
+
+
 def test_noise_of_the_run_is_estimated_and_left_out(rho1, tmp_path):
     """--skip-ratio auto: held-out and training losses of the file, and what the run logs."""
-    reference, data = reference_of(rho1, skip_ratio="auto", max_steps=10**6)
+    auto = dict(mode="token_skip", skip_ratio="auto")
+    reference, data = reference_of(rho1, max_steps=10**6, **auto)
     heldout_NT = reference.stored(data.heldout, np.arange(len(data.heldout)))
     losses = [x[~np.isnan(x)] for x in (reference.losses[:], heldout_NT[:])]
     assert reference.skip_ratio == pytest.approx(rho1_wmtp.noise_share(*losses), abs=1e-3)
-    assert run_rho1(rho1, tmp_path / "run", mode="token_skip", skip_ratio="auto", max_steps=1) == 0
+    after, _ = reference_of(rho1, max_steps=10**6, skip_documents=0.25, **auto)
+    # what documents took is not left out again
+    is_out_NT = np.isin(data.train["document"][:], after.left_out_D)
+    losses[0] = reference.losses[~np.isnan(reference.losses) & ~is_out_NT]
+    assert after.skip_ratio == pytest.approx(rho1_wmtp.noise_share(*losses), abs=1e-3)
+    assert run_rho1(rho1, tmp_path / "run", max_steps=1, **auto) == 0
     logged = metrics_of(tmp_path / "run")[0]
     assert 0 < logged["rho1/skip_ratio"] < 1
     assert logged["rho1/kept_frac"] == pytest.approx(1 - logged["rho1/skip_ratio"], abs=0.01)
@@ -356,6 +385,8 @@ BAD = [
     (dict(ref_model="{folder}/words"), ["--ref-model", "tokenizer"]),
     (dict(ref_model="{folder}/short"), ["--ref-model", "16 tokens", "--seq-len 32"]),
     (dict(ref_model="{folder}/start", model="{folder}/start"), ["is the start of this run too"]),
+    (dict(mode="token_skip", target_ess=0.7), ["--target-ess: --mode token_skip"]),
+    (dict(skip_ratio="auto"), ["--skip-ratio auto", "--mode weighted"]),
     (dict(skip_ratio=1.0), ["--skip-ratio 1.0", "from 0 to 0.9999"]),
 ]
 

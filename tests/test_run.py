@@ -320,18 +320,20 @@ def test_the_objective_with_weights_in_the_data_equals_a_slow_loop(runs, tmp_pat
 
 @pytest.mark.parametrize("name", ["rho1", "critic", "grad"])
 def test_weights_in_the_data_multiply_those_of_the_algorithm(runs, tmp_path, name):
-    """Three runs of one update: of the algorithm with and without them, and the baseline's."""
-    args = runs.args(name, tmp_path / "own", max_steps=1)
+    """Three runs that learn nothing: of the algorithm with and without them, and the baseline's."""
+    changes = dict(max_steps=2, lr=0.0)
+    own = dict(score="norm", start=1) if name == "grad" else {}
+    args = runs.args(name, tmp_path / "own", **changes, **own)
     file = weighted_file(runs, tmp_path, Path(args.data).name)
     assert run_main(SCRIPTS[name], args) == 0
-    assert runs.main(name, tmp_path / "both", data=file, max_steps=1) == 0
-    options = dict(data=file, max_steps=1, mtp_schedule="constant", micro_batch_size=0)
+    assert runs.main(name, tmp_path / "both", data=file, **changes, **own) == 0
+    options = dict(data=file, mtp_schedule="constant", micro_batch_size=0, **changes)
     assert runs.main("baseline", tmp_path / "data", **options) == 0
     samples = [tmp_path / d / "weights.json" for d in ("own", "both", "data")]
     rows = [json.loads(file.read_text().replace("null", "NaN")) for file in samples]
     own, both, data = (torch.tensor([row["weight"] for row in part]) for part in rows)
     torch.testing.assert_close(both, own * data, equal_nan=True)
-    assert data.nan_to_num(1).max() > 2
+    assert data.nan_to_num(1).max() > 2 and own.nan_to_num(1).max() > 1
 
 
 # ------------------------------------------------------------------------------------- two ranks
