@@ -1,17 +1,23 @@
-"""The benchmarks fit their ceiling and start; Meta's layout converts into the same model."""
+"""The benchmarks fit their ceiling and start; runs share a process; Meta's layout converts."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import SHORT_RUN, metrics_of, same_tensors, weights_of
 
-from common import load_mtp
+from common import Ranks, load_data, load_mtp
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+import tools  # noqa: E402
+
 SCRIPTS = sorted(file.name for file in FOLDER.glob("*.py") if file.name != "tools.py")
 
 
@@ -29,6 +35,38 @@ def test_every_benchmark_explains_itself():
     for name in SCRIPTS:
         done = run(FOLDER / name, "--help")
         assert done.returncode == 0 and f"python benchmarks/{name}" in done.stdout, done.stderr
+
+
+def test_a_run_after_another_in_a_process_equals_one_in_its_own_process(material, tmp_path):
+    flags = dict(SHORT_RUN, model=material / "config.json", data=material / "text.jsonl")
+    flags.pop("value_steps")
+    other = dict(flags, seed=1, target=flags["data"], start=1, run_dir=tmp_path / "other")
+    tools.train("grad_wmtp.py", other, tmp_path / "other.txt")
+    flags |= dict(run_dir=tmp_path / "run", noise_frac=0.3)
+    tools.train("baseline_mtp.py", flags, tmp_path / "run.txt")
+    words = tools.as_flags(dict(flags, run_dir=tmp_path / "own"))
+    done = run(FOLDER.parent / "baseline_mtp.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "own")
+    assert same_tensors(weights_of(tmp_path / "run"), weights_of(tmp_path / "own"))
+
+
+@pytest.mark.slow
+def test_files_of_bugs_hold_the_records_of_the_preset_in_order(tmp_path):
+    """Every script sees the rows that the critic imitates with `--train-on all`."""
+    import compare
+
+    compare.write_bugs(tmp_path)
+    args = SimpleNamespace(out=tmp_path, shift=["", ""], noise_frac=0.3)
+    tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
+    preset = load_data(tools.data_args("stdlib-bugs"), tokenizer, Ranks())
+    for arm in ("critic", "equal", "oracle", "correct"):
+        flags = compare.data_of(args, "bugs", arm)
+        data = load_data(tools.data_args(**flags), tokenizer, Ranks())
+        expected = preset.train if arm == "correct" else preset.records
+        for column in ("input_ids", "is_target", "is_noise"):
+            assert np.array_equal(data.records[:][column], expected[:][column])
+        assert data.heldout_fingerprint == preset.heldout_fingerprint
 
 
 def test_meta_layout_gives_the_logits_of_every_head(tmp_path):
