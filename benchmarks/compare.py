@@ -23,7 +23,7 @@ trained for each seed, from its first weights. `weighted` has the effective shar
 Judged from the final models: head 1 on every fourth held-out row, on bugs on the correct functions;
 preference: how often one is likelier than its broken sibling. Differences: means over seeds, 95 %
 by a paired bootstrap over documents (functions). AUC: noise scores lower than clean text; it,
-weights and ess: last fifth of the updates. Of rho1's arms the first pays for reference losses.
+weights and ess: last fifth of the updates. A first arm pays for data, and for reference losses.
 """
 
 import contextlib

@@ -42,7 +42,6 @@ ARMS = {
     "ratio_8_correct": RATIO | CORRECT | {"strength": 8},
     "ratio_8_correct_shuffled": RATIO | CORRECT | SHUFFLED | {"strength": 8},
 }
-# before and after in critic_wmtp.py
 ORACLE = ("= window_scores(logit_BT, target_BT)", "= -batch.is_noise_BT.float()")
 TASKS = {
     "bugs": dict(batch_size=8, steps=200, base_steps=500, value_steps=400, arms=list(ARMS)),

@@ -18,8 +18,6 @@ from pathlib import Path
 
 import tools
 
-COLUMNS = ("tokens a pass", "to plain", "efficiency", "to `transformers`", "text")
-
 
 def theirs(plain, batches, count, **settings):
     """New tokens of every prompt by `transformers`, passes, and tokens a row gets from a pass."""
@@ -100,13 +98,13 @@ def measure(name, args):
 
 
 def show(rows):
-    cells = []
+    header, cells = "model, batch|form|tokens a pass|to plain|efficiency|to `transformers`|text", []
     for r in rows:
         keys = ("to_plain", "efficiency", "to_transformers")
         figures = [f"{r['tokens_per_pass']:.2f}", *(tools.shown(r[key]) for key in keys)]
         text = "same" if r["same_text"] else "other"
         cells.append([f"{r['model']}, {r['batch']}", r["form"], *figures, text])
-    tools.print_table(["model, batch", "form", *COLUMNS], cells)
+    tools.print_table(header.split("|"), cells)
 
 
 def main():

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -257,6 +258,7 @@ def quiet():
 def run_jobs(function, tasks, num_jobs):
     """Results of `function(*task)`, by `kept`, in their order; so many processes of one thread."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else its processes outlive it
     began, results, done = time.time(), [], 0
     pool = ProcessPoolExecutor(num_jobs, get_context("spawn"), initializer=quiet)
     try:
@@ -269,7 +271,7 @@ def run_jobs(function, tasks, num_jobs):
             name = " ".join(str(part) for part in tasks[number - 1][1:])
             took = f"{results[-1]['seconds']:.0f} s, {spent:.0f} s in all, {left:.0f} s left"
             print(f"{number:>3}/{len(tasks)}  {name:<28} {took}", flush=True)
-    finally:  # after an error or Ctrl-C no further task begins
+    finally:  # after an error or a signal those that run end, and no further one begins
         pool.shutdown(cancel_futures=True)
     return results
 
