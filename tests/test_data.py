@@ -546,8 +546,9 @@ def test_siblings_differ_by_one_fault_that_changes_the_code_and_no_length_tells_
     for right, wrong in siblings:
         assert (right["reward"], wrong["reward"]) == (1, 0)
         assert all(right[k] == wrong[k] for k in ("prompt", "group", "sibling"))
-        code = [compile(r["prompt"] + r["completion"], "", "exec") for r in (right, wrong)]
-        assert code[0].replace(co_linetable=b"") != code[1].replace(co_linetable=b"")
+        if "nonlocal " not in right["completion"]:  # else it does not compile by itself
+            code = [compile(r["prompt"] + r["completion"], "", "exec") for r in (right, wrong)]
+            assert code[0].replace(co_linetable=b"") != code[1].replace(co_linetable=b"")
         start, end = wrong["fault_start"], wrong["fault_end"]
         assert 0 <= start < end <= len(wrong["completion"])  # all that differs lies inside
         assert right["completion"].startswith(wrong["completion"][:start])
