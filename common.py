@@ -504,10 +504,9 @@ def weights_of_ess(weights, share):
         tried.append((excess(log_strength), log_strength))
         if not tried[-1][0] > 0:  # NaN too, of scores that are not finite
             break
+    best = min(tried)[1]
     if tried[-1][0] <= 0 and len(tried) > 1:
         best = brentq(excess, log_strength - 2, log_strength, xtol=1e-4)
-    else:
-        best = min(tried)[1]
     return weights(math.exp(best))
 
 
@@ -976,7 +975,11 @@ def _load_data(args, tokenizer, score):
             packed = packed.add_column("sibling", kept["sibling"].to_numpy())
             fingerprints.append(digest(kept["reward"].tolist()))
         if "weight" in packed.column_names:
-            packed = _with_mean_weight(packed.with_format("numpy"), args.data)
+            packed = _with_mean_weight(packed.with_format("numpy"))
+            mean = packed[0]["weight_mean"]
+            if mean == 0:
+                raise UsageError(f"--data {args.data}: the weights of all training targets are 0")
+            print(f"data      has weights: their mean over the targets, {mean:.3g}, becomes 1")
             fingerprints.append(digest(chosen[["weight", "weights"]].to_numpy().tolist()))
         rows[part] = packed.with_format("numpy")
 
@@ -1001,18 +1004,15 @@ def _load_data(args, tokenizer, score):
     )
 
 
-def _with_mean_weight(rows, name):
+def _with_mean_weight(rows):
     """The rows with the mean of the data's weights over all targets of head 1, as a column."""
     total, count = 0.0, 0
     for block in np.array_split(np.arange(len(rows)), 1 + len(rows) // 1000):
         batch = load_batch(rows, block, 1, "cpu")
         weight_N = batch.weight_BT[:, 1:][batch.targets_KBT[0, :, :-1] != IGNORE].double()
         total, count = total + weight_N.sum().item(), count + len(weight_N)
-    if total == 0:
-        raise UsageError(f"--data {name}: the weights of all training targets are 0")
-    print(f"data      has weights: their mean over the targets, {total / count:.3g}, becomes 1")
-    rows = rows.add_column("weight_mean", np.full(len(rows), total / count))
-    return rows.with_format("numpy")
+    mean_N = np.full(len(rows), total / count)
+    return rows.add_column("weight_mean", mean_N).with_format("numpy")
 
 
 def digest(value):
@@ -1541,7 +1541,7 @@ def imitate_all(rows):
     """The rows with a column that makes wrong records targets too."""
     rows = rows.add_column("is_imitated", np.ones(len(rows), bool)).with_format("numpy")
     if "weight_mean" in rows.column_names:
-        rows = _with_mean_weight(rows.remove_columns("weight_mean"), "records")
+        rows = _with_mean_weight(rows.remove_columns("weight_mean"))
     return rows
 
 

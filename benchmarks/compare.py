@@ -241,7 +241,7 @@ def main():
     results = tools.run_jobs(one_run, tasks, args.jobs)
     rows = summary(results)
     record = dict(command=tools.command(), **tools.machine(args.device), settings=settings)
-    record["seconds_of_runs"] = sum(run["seconds"] for run in read + results)
+    record["cpu_seconds_of_runs"] = sum(run["cpu_seconds"] for run in read + results)
     record["commands"] = [run["command"] for run in read + results if run["seed"] == 0]
     record["values"] = [run["value"] for run in read if run["value"]]
     tools.write_json(out / "compare.json", {**record, "rows": rows})
