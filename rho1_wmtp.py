@@ -6,7 +6,7 @@ score: what can be learnt and is not known yet. Noise has a high loss under both
 known has a low one, so both score low. A token has one weight, whichever head predicts it:
 
     s[j] = CE_1[j] - CE_ref[j]                              eq. 3: same token, same prefix
-    u    = N softmax(s / temperature), bounded, mean 1      --mode weighted
+    u    = N softmax(s / temperature), bounded, mean 1      --mode weighted (default)
     u[j] = 1/(1 - ratio) if s[j] is among the highest       --mode token_skip, eq. 4 and 5
     w    = lambda + (1 - lambda) u
     L    = 1/N * sum_t sum_k  m[t,k] * w[t+k] * CE[t,k]
@@ -18,12 +18,14 @@ known has a low one, so both score low. A token has one weight, whichever head p
     m[t,k]   targets_KBT    IGNORE where m = 0: prompt, padding, past the end of row or document
     w[j]     weight_BT      weight of token j, whichever head predicts it; mean 1 over the targets
     lambda   --lambda       1 is baseline_mtp.py to the last bit, 0 the bare algorithm
+    temperature             the one that gives (sum u)^2 = E N sum u^2, E: --target-ess, 0.7
     ratio    --skip-ratio   share left out by token_skip: 0.3 in the paper's 7B runs, 0.4 at 1B;
                             auto: the share of noise, as the losses of the reference show it
     N        num_valid      valid targets of head 1 in the update, over all ranks and micro-steps
 
 Deviations from the paper:
-  1. The score is head 1's and serves all heads; --mode weighted has graded weights.
+  1. The score is head 1's and serves all heads. Graded weights are the default: they gain more
+     than the paper's selection (benchmarks/README.md).
   2. Reference losses are computed once per data set, split over the ranks, and cached next to the
      tokens (4 bytes per token).
   3. Coarse to fine: --skip-documents leaves out whole documents first (2506.01317 selects in two
@@ -110,17 +112,17 @@ class Args:
     checkpoint_dir: str = ""  # folder or URL of checkpoints; empty: checkpoints/ in the run folder
 
     # Algorithm specific arguments
-    lambda_: Annotated[float | None, tyro.conf.arg(name="lambda")] = None
-    """Share of equal weights, 0 to 1; None: 0.3 in --mode weighted, 0 in token_skip."""
-    temperature: float = 0.7  # of the softmax, nats; small: few tokens take all the weight
-    target_ess: float = 0.0  # effective share of tokens of u, which sets the temperature; 0: off
+    lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.0  # share of equal weights, 0 to 1
+    target_ess: float | None = None
+    """Effective share of tokens of u, which sets the temperature; None: 0.7 in --mode weighted."""
+    temperature: float | None = None  # of the softmax, nats, in the place of --target-ess
     epsilon: float = 0.05  # least u of --mode weighted
     max_weight: float = 3.0  # largest u of --mode weighted
     ref_model: str = ""  # reference: a run, its model/, or a Hugging Face model of this tokenizer
-    mode: Literal["weighted", "token_skip"] = "token_skip"
+    mode: Literal["weighted", "token_skip"] = "weighted"
     """weighted: softmax of the scores. token_skip: the lowest scores are left out."""
-    skip_ratio: float | Literal["auto"] = 0.3
-    """Share of the valid tokens that token_skip leaves out, below 1; auto: estimated once."""
+    skip_ratio: float | Literal["auto"] | None = None
+    """Share of the valid tokens that token_skip leaves out; auto: estimated once; None: 0.3."""
     skip_ramp: float = 0.0  # part of the run in which that share grows from 0
     skip_documents: float = 0.0  # share of the targets that are left out first, whole documents
     control: Literal["none", "shuffle", "random"] = "none"
@@ -128,17 +130,20 @@ class Args:
 
     def __post_init__(self):
         check_run_args(self)
-        if self.lambda_ is None:
-            self.lambda_ = 0.3 if self.mode == "weighted" else 0.0
-        check_ranges(self, lambda_=(0, 1), epsilon=(0, 1))
-        check_ranges(self, temperature=(1e-6, 1e6), max_weight=(1, 1e9))
-        check_ranges(self, target_ess=(0, 1), skip_ramp=(0, 1), skip_documents=(0, 0.9999))
+        check_ranges(self, lambda_=(0, 1), epsilon=(0, 1), max_weight=(1, 1e9))
+        check_ranges(self, target_ess=(0.001, 1), temperature=(1e-6, 1e6))
+        check_ranges(self, skip_ramp=(0, 1), skip_documents=(0, 0.9999))
         if self.skip_ratio != "auto":
             check_ranges(self, skip_ratio=(0, 0.9999))
-        if self.target_ess and self.mode == "token_skip":
-            raise UsageError("--target-ess: --mode token_skip has no graded weights; use weighted")
-        if (self.skip_ramp or self.skip_ratio == "auto") and self.mode == "weighted":
-            raise UsageError("--skip-ratio auto, --skip-ramp: --mode weighted selects nothing")
+        is_graded, strengths = self.mode == "weighted", [self.target_ess, self.temperature]
+        if is_graded and (self.skip_ratio is not None or self.skip_ramp):
+            raise UsageError("--skip-ratio, --skip-ramp: need --mode token_skip")
+        if strengths.count(None) < (1 if is_graded else 2):
+            raise UsageError("--target-ess, --temperature: one of the two, with --mode weighted")
+        if is_graded and strengths == [None, None]:
+            self.target_ess = 0.7
+        if not is_graded and self.skip_ratio is None:
+            self.skip_ratio = 0.3
         if not self.ref_model:
             example = "baseline_mtp.py --data stdlib:b --num-heads 1 --run-dir runs/reference"
             raise UsageError(f"--ref-model: name a reference; `{example}` trains one")
@@ -168,7 +173,7 @@ def weights_of_scores(score_N, skip_ratio, args):
     def softmax(temperature):
         return bounded_softmax(score_N / temperature, args.epsilon, args.max_weight)
 
-    if args.target_ess:
+    if args.temperature is None:
         return weights_of_ess(lambda strength: softmax(1 / strength), args.target_ess)
     return softmax(args.temperature)
 

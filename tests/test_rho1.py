@@ -26,11 +26,11 @@ LENGTH, KEY = 32, (0, 0, 1)
 
 
 def rho1_args(**changes):
-    return rho1_wmtp.Args(**(dict(ref_model="none", mode="weighted") | changes))
+    return rho1_wmtp.Args(**(dict(ref_model="none") | changes))
 
 
 def run_rho1(folder, run_dir, **changes):
-    values = dict(ref_model=folder / "reference", mode="weighted", noise_frac=0.3) | changes
+    values = dict(ref_model=folder / "reference", noise_frac=0.3) | changes
     return run_main(rho1_wmtp, short_args(rho1_wmtp, folder, run_dir, **values))
 
 
@@ -68,19 +68,25 @@ def slow_weights(loss_N, ref_N, args):
         kept = set(order[: max(1, N - round(args.skip_ratio * N))])
         u = [N / len(kept) if i in kept else 0.0 for i in range(N)]
     else:
-        powers = [math.exp((score - max(scores)) / args.temperature) for score in scores]
-        u = [N * power / sum(powers) for power in powers]
-        u = slow_bounded(u, args.epsilon, args.max_weight)
+        low, high = [args.temperature or value for value in (0.01, 100)]
+        while True:  # halving finds the temperature of --target-ess
+            temperature = (low * high) ** 0.5
+            powers = [math.exp((score - max(scores)) / temperature) for score in scores]
+            u = slow_bounded(powers, args.epsilon, args.max_weight)
+            if high / low < 1 + 1e-9:
+                break
+            share = sum(u) ** 2 / (N * sum(value**2 for value in u))
+            low, high = (temperature, high) if share < args.target_ess else (low, temperature)
     return [args.lambda_ + (1 - args.lambda_) * value for value in u]
 
 
 FREE = dict(epsilon=0.0, max_weight=1e9)  # bounds that bind nothing
 VARIANTS = [
-    FREE,
+    dict(),
+    dict(target_ess=0.5, lambda_=0.3, **FREE),
+    dict(temperature=0.1, epsilon=0.2, max_weight=1.5),
     dict(mode="token_skip"),
     dict(mode="token_skip", skip_ratio=0.45, lambda_=0.2),
-    dict(),
-    dict(temperature=0.1, epsilon=0.2, max_weight=1.5),
 ]
 
 
@@ -385,9 +391,11 @@ BAD = [
     (dict(ref_model="{folder}/words"), ["--ref-model", "tokenizer"]),
     (dict(ref_model="{folder}/short"), ["--ref-model", "16 tokens", "--seq-len 32"]),
     (dict(ref_model="{folder}/start", model="{folder}/start"), ["is the start of this run too"]),
-    (dict(mode="token_skip", target_ess=0.7), ["--target-ess: --mode token_skip"]),
-    (dict(skip_ratio="auto"), ["--skip-ratio auto", "--mode weighted"]),
+    (dict(mode="token_skip", target_ess=0.7), ["--target-ess", "--mode weighted"]),
+    (dict(temperature=0.5, target_ess=0.7), ["--target-ess", "one of the two"]),
+    (dict(skip_ratio="auto"), ["--skip-ratio", "--mode token_skip"]),
     (dict(skip_ratio=1.0), ["--skip-ratio 1.0", "from 0 to 0.9999"]),
+    (dict(target_ess=0.0), ["--target-ess 0.0", "from 0.001 to 1"]),
 ]
 
 
