@@ -469,10 +469,11 @@ def bounded_softmax(logit_N, epsilon, max_weight):
     is found by bisection; the sorted logits and their cumulative sums spare each halving a pass
     over N. epsilon is at most 1, max_weight at least 1.
     """
-    N = len(logit_N)
+    N, device, dtype = len(logit_N), logit_N.device, logit_N.dtype
     if N == 0:
         return logit_N
-    sorted_N = logit_N.detach().double().cpu().sort().values
+    logit_N = logit_N.detach().cpu().double()
+    sorted_N = logit_N.sort().values
     log_sums = np.append(-math.inf, sorted_N.logcumsumexp(0))  # [n]: of the n lowest
     sorted_N = sorted_N.numpy()
     log_least, log_most = math.log(max(epsilon, 1e-9)), math.log(max_weight)
@@ -483,7 +484,7 @@ def bounded_softmax(logit_N, epsilon, max_weight):
         inner = math.exp(log_sums[last] + middle) - math.exp(log_sums[first] + middle)
         total = first * epsilon + inner + (N - last) * max_weight
         low, high = (middle, high) if total < N else (low, middle)
-    return (logit_N.double() + high).exp().clamp(epsilon, max_weight).to(logit_N.dtype)
+    return (logit_N + high).exp().clamp(epsilon, max_weight).to(device, dtype)
 
 
 def select(score_N, skip_ratio):
@@ -496,25 +497,25 @@ def select(score_N, skip_ratio):
 
 
 def weights_of_ess(weights, share):
-    """`weights(strength)`, `[N]`, at the least strength that makes their effective share `share`.
+    """`weights(strength)`, `[N]`, at the strength that makes their effective share `share`.
 
-    The effective share of tokens is (sum u)^2 / (N sum u^2). Where bounds on the weights keep it
-    above `share`, the strength is that of the least share.
+    The share, (sum u)^2 / (N sum u^2), falls with the strength. The first of exp(-12), exp(-10), ..
+    exp(8) at which it is below `share` brackets the strength. Where it is nowhere below, as bounds
+    on the weights keep it above, the one of these with the least share is taken.
     """
 
-    def excess(log_strength):
-        u_N = weights(math.exp(log_strength)).cpu().double()
+    def excess(x):
+        u_N = weights(math.exp(x)).cpu().double()
         return (u_N.sum() ** 2 / (len(u_N) * u_N.square().sum())).item() - share
 
     tried = []
-    for log_strength in range(-12, 10, 2):
-        tried.append((excess(log_strength), log_strength))
+    for x in range(-12, 10, 2):
+        tried.append((excess(x), x))
         if not tried[-1][0] > 0:  # NaN too, of scores that are not finite
             break
-    best = min(tried)[1]
     if tried[-1][0] <= 0 and len(tried) > 1:
-        best = brentq(excess, log_strength - 2, log_strength, xtol=1e-7)
-    return weights(math.exp(best))
+        return weights(math.exp(brentq(excess, x - 2, x, xtol=1e-6)))
+    return weights(math.exp(min(tried)[1]))
 
 
 def whiten(score_N, moments, decay=0.99):
@@ -927,7 +928,7 @@ def load_data(args, tokenizer, ranks, score=None):
         args.data: a preset, a file, a glob, a URL, a folder of texts, or a hub name. Rows have
             `text` or `content`; `prompt` and `completion` (texts, or messages) and perhaps `reward`
             from 0 to 1; `messages`; or `instruction`, `input` and `output`. They may have weights
-            from 0 on, which multiply those of every algorithm: `weight` of the row, EOS too, times
+            from 0 on, which multiply those of the algorithm: `weight` of the row, EOS too, times
             `weights`, spans `[start, end, weight]` of characters of the completion or text (1
             outside; the last counts of those that overlap a token). In batches they are divided,
             once, by the mean over head 1's targets in all of `train`. (Divided in each micro-step,
@@ -1235,16 +1236,18 @@ def _documents_of_row(row, tokenizer):
     if is_chat:
         pairs = [_chat_texts(*pair, tokenizer) for pair in pairs]
     "".join(itertools.chain(*pairs)).encode()  # fails at half of a surrogate pair
-    for span in row.get("weights") or []:
+    spans = row.get("weights") or []
+    spans = json.loads(spans) if isinstance(spans, str) else spans  # a cell of CSV
+    for span in spans:
         try:
             start, end, weight = span
             is_valid = 0 <= start < end <= len(answer) and 0 <= weight <= LARGEST_WEIGHT
         except (TypeError, ValueError):
             is_valid = False
-        if not is_valid:
+        if not is_valid or start % 1 or end % 1:
             needed = f"[start, end, weight]: {len(answer)} characters, 0 to {LARGEST_WEIGHT:g}"
             raise ValueError(f"weights: {span} is not {needed}")
-    extra["weights"] = json.dumps(row.get("weights") or [])
+    extra["weights"] = json.dumps(spans)
     return [extra | {"prompt": prompt, "completion": text} for prompt, text in pairs or [("", "")]]
 
 

@@ -14,7 +14,8 @@ on the correct records (or on all), with less weight on tokens at which V falls:
 
 By Bayes' rule p(x | prefix, correct) = p(x | prefix) V(prefix, x) / V(prefix). So with `ratio`, on
 all records and at strength 1, each head's minimiser is its distribution on correct ones. Head k has
-not seen the tokens between: here alone a token has a weight for each head. E[u | prefix] = 1.
+not seen the tokens between: here alone a token has a weight for each head. E[u | prefix] = 1. With
+--target-ess the strength is the one of that effective share of tokens, and u of ratio has mean 1.
 
     symbol   variable       meaning
     V[t]     logit_BT       before the sigmoid; of the prefix that ends with token t
@@ -113,7 +114,7 @@ class Args:
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.0  # share of equal weights, 0 to 1
     weights: Literal["ratio", "window", "advantage"] = "ratio"  # of V; by log odds; by GAE
     strength: float | None = None  # exponent of u; None: 8 for the ratio, 1 for the others; 0: none
-    target_ess: float = 0.0  # effective share of tokens of u, which sets the strength; 0: off
+    target_ess: float | None = None  # effective share of tokens of u, in the place of --strength
     epsilon: float = 0.05  # least u, before the division by the mean
     max_weight: float = 3.0  # largest u of the ratio
     gae_lambda: float = 0.95  # of the advantage; 0: a token's own step of V; 1: of all that follow
@@ -130,10 +131,12 @@ class Args:
 
     def __post_init__(self):
         check_run_args(self)
-        if self.strength is None:
+        if None not in (self.strength, self.target_ess):
+            raise UsageError("--strength, --target-ess: give one of the two")
+        if self.strength is None and self.target_ess is None:
             self.strength = 8.0 if self.weights == "ratio" else 1.0
         check_ranges(self, lambda_=(0, 1), epsilon=(0, 1), gae_lambda=(0, 1), max_weight=(1, 1e9))
-        check_ranges(self, target_ess=(0, 1))
+        check_ranges(self, target_ess=(0.001, 1))
         names = "strength value_steps value_lr value_coef pair_coef"
         check_ranges(self, value_batches=(1, 1e9), **dict.fromkeys(names.split(), (0, 1e9)))
 

@@ -11,7 +11,7 @@ step, and needs no reference model. One token's score is noisy: near ones are av
     s[j]    = sum_k s[j-k,k]                              all heads that predict token j
     s'[j]   = mean of s[i], |i - j| <= smooth             in one document; outliers are cut
     z       = (s' - mean) / deviation                     both moving over updates
-    u       = sigmoid(2 (z + 1)), mean 1                  --mode weighted
+    u       = sigmoid(2 (z + 1)), mean 1                  --mode weighted; middle by --target-ess
     u[j]    = 1/(1 - ratio) if z[j] is among the highest  --mode token_skip (2404.07965, eq. 5)
     w       = lambda + (1 - lambda) u
     L       = 1/N * sum_t sum_k  m[t,k] * w[t+k] * CE[t,k]
@@ -46,9 +46,8 @@ from sklearn.metrics import roc_auc_score
 from common import IGNORE, Run, Sums, UsageError, active_heads, build_model, check_ranges
 from common import check_run_args, clip_gradients, control_weights, count_targets, describe
 from common import errors_as, learning_rate, load_data, make_optimizer, micro_batch_rows
-from common import micro_batches
-from common import run_script, select, set_gradient_sync, setup_ranks, shard, sum_like
-from common import weights_of_ess, weights_of_targets, whiten, whole
+from common import micro_batches, run_script, select, set_gradient_sync, setup_ranks, shard
+from common import sum_like, weights_of_ess, weights_of_targets, whiten, whole
 
 # Shapes: B sequences, T positions, K heads, V vocabulary, D width, R ranks, N valid targets of head
 # 1 in a micro-step over all ranks, in the order rank, row, position: the same on any number.
@@ -112,10 +111,9 @@ class Args:
     target_ema: float = 0.97  # share of the old gradient that stays when a new one comes
     score: Literal["influence", "norm"] = "influence"  # norm: of the token's own gradient
     smooth: int = 16  # targets to each side over which the score is averaged; 0: off
-    mode: Literal["weighted", "token_skip"] = "weighted"
-    """weighted: a soft gate. token_skip: the lowest scores are left out."""
-    target_ess: float = 0.0  # effective share of tokens of u, which sets the gate's middle; 0: off
-    skip_ratio: float = 0.3  # share of the valid tokens that token_skip leaves out, below 1
+    mode: Literal["weighted", "token_skip"] = "weighted"  # a soft gate, or the lowest left out
+    target_ess: float | None = None  # effective share of tokens of u: sets the gate's middle, -1
+    skip_ratio: float | None = None  # share of the tokens that token_skip leaves out; None: 0.3
     start: int = 20  # updates with equal weights before, at least 1: Adam's moments must settle
     control: Literal["none", "shuffle", "random", "target"] = "none"
     """Weights permuted among the tokens, drawn anew, or equal: clean batches join the training."""
@@ -124,9 +122,11 @@ class Args:
         check_run_args(self)
         check_ranges(self, lambda_=(0, 1), target_rows=(0, 1e9), target_every=(1, 1e9))
         check_ranges(self, target_ema=(0, 0.9999), skip_ratio=(0, 0.9999))
-        check_ranges(self, smooth=(0, 1e6), start=(1, 1e18), target_ess=(0, 1))
-        if self.target_ess and self.mode == "token_skip":
-            raise UsageError("--target-ess: --mode token_skip has no graded weights; use weighted")
+        check_ranges(self, smooth=(0, 1e6), start=(1, 1e18), target_ess=(0.001, 1))
+        if self.mode == "token_skip" and self.target_ess is not None:
+            raise UsageError("--target-ess: needs --mode weighted")
+        if self.mode == "weighted" and self.skip_ratio is not None:
+            raise UsageError("--skip-ratio: needs --mode token_skip")
         if self.train == "heads":
             raise UsageError("--train heads: the unembedding must train; use --train all")
         if not self.target:
@@ -163,9 +163,9 @@ def weights_of_scores(score_N, moments, args):
         return (GATE_SLOPE * (z_N - middle)).sigmoid()
 
     if args.mode == "token_skip":
-        u_N = select(z_N, args.skip_ratio).float()
+        u_N = select(z_N, 0.3 if args.skip_ratio is None else args.skip_ratio).float()
     elif args.target_ess:
-        u_N = weights_of_ess(lambda odds: gate(math.log(odds) / GATE_SLOPE), args.target_ess)
+        u_N = weights_of_ess(lambda x: gate(math.log(x) / GATE_SLOPE), args.target_ess)
     else:
         u_N = gate(GATE_MIDDLE)
     return u_N / u_N.mean()

@@ -1,7 +1,6 @@
 """Every algorithm and its controls on the same batches with equal updates: one table a text.
 
     python benchmarks/compare.py --out OUT                420 runs: 5 seeds, 2 budgets, 4 texts
-    python benchmarks/compare.py --out OUT --seeds 1      the table of a stopped run's whole seeds
     python benchmarks/compare.py --out OUT2 --texts line byte clean shift --shift TARGET HELDOUT \\
         --arms grad gate_token skip_grad skip_token norm grad_shuffle grad_random target oracle
 
@@ -10,17 +9,18 @@ loss than `equal` at both budgets, and `shuffle` and `random` have not; (2) on c
 weighting lowers the loss by more than 0.02 at three times the budget; (3) with noise by document
 `documents` is within 0.02 of `oracle`, and `documents_skip` is no better; (4) of `bugs` `critic`
 prefers the correct sibling more often than `equal` and than `critic_shuffle`; (5) grad gains
-nothing over `equal` on noise. (6), for `--steps 1500 --seeds 3 --texts clean line --arms skip
-weighted`: with noise lines `weighted` is below `equal`; on clean text by less than after 300.
+nothing over `equal` on noise. Added when three seeds were known, before its own runs, `--steps 1500
+--seeds 3 --texts clean line --arms skip weighted`: (6) `weighted` is still below `equal` with noise
+lines, and gains less on clean text than after 300 updates.
 
-It goes on if stopped. A run is a script as it stands, from scratch, fp32, one thread, on a schedule
-of its own budget. All arms of a text and seed see the same rows in order (`target`: also clean ones
-between; `correct`, `critic_correct`: their own). clean: stdlib:a. line, byte, document: 30 % of
-these units are random characters. bugs: ALL records of stdlib-bugs, split as seed 0 does; broken
-siblings are imitated too, their faults are the noise. shift: stdlib, judged on the text HELDOUT.
-rho1's reference (1 head) trains on what grad's target is from: stdlib:b, TARGET, or the correct
-training records. V is trained for each seed, from its first weights. `weighted` has the effective
-share of `skip`. `critic_correct`, the critic's default, was added after the claim.
+It goes on if stopped (`--seeds 1`: the table of one seed). A run is a script as it stands, from
+scratch, fp32, one thread, on a schedule of its own budget. All arms of a text and seed see the same
+rows in order (`target`: also clean ones between; `correct` and `critic_correct`, the critic's
+default, added late: their own). clean: stdlib:a. line, byte, document: 30 % of these units are
+random characters. bugs: ALL records of stdlib-bugs, split as seed 0 does; broken siblings are
+imitated too, their faults are the noise. shift: stdlib, judged on the text HELDOUT. rho1's
+reference (1 head) trains on what grad's target is from: stdlib:b, TARGET, or the correct training
+records. V is trained for each seed, from its first weights. `weighted`: effective share of `skip`.
 
 Judged from the final models: head 1 on every fourth held-out row, on bugs on the correct functions;
 preference: how often one is likelier than its broken sibling. Differences: means over seeds, 95 %
@@ -59,7 +59,6 @@ ARMS = {  # script and flags
     "shuffle": ("rho1_wmtp.py", {**WEIGHTED, "control": "shuffle"}),
     "random": ("rho1_wmtp.py", {**SKIP, "control": "random"}),
     # by --arms alone
-    "mixed": ("rho1_wmtp.py", {"temperature": 0.7, "lambda": 0.3}),
     "gate_token": ("grad_wmtp.py", {"smooth": 0}),
     "skip_grad": ("grad_wmtp.py", {"mode": "token_skip"}),
     "skip_token": ("grad_wmtp.py", {"mode": "token_skip", "smooth": 0}),
@@ -117,13 +116,12 @@ def target_of(args, text):
 
 def data_of(args, text, arm):
     """Flags of an arm's data."""
-    out = args.out
     if text == "bugs":
-        is_critic = ARMS[arm][0] == "critic_wmtp.py"
+        start, is_critic = f"{args.out}/bugs_", ARMS[arm][0] == "critic_wmtp.py"
         names = {"correct": "clean", "reference": "clean", "oracle": "weights"}
         name = "train" if is_critic else names.get(arm, "plain")
         heldout = "heldout" if is_critic else "heldout_clean"
-        return dict(data=f"{out}/bugs_{name}.jsonl", heldout_data=f"{out}/bugs_{heldout}.jsonl")
+        return dict(data=f"{start}{name}.jsonl", heldout_data=f"{start}{heldout}.jsonl")
     if arm == "reference":
         return dict(data=target_of(args, text))
     if text == "shift":
@@ -199,7 +197,7 @@ def summary(results):
             by_seed = items_SN2[..., 0].sum(1) / items_SN2[..., 1].sum(1)
             row |= {key: by_seed.mean(), f"{key} by seed": by_seed.tolist()}
             row[f"{key} sd"] = by_seed.std(ddof=1) if len(seeds) > 1 else None
-            for label, other in (("equal", "equal"), ("control", row["control"])):
+            for label, other in (("equal", "equal"), ("skip", "skip"), ("control", row["control"])):
                 row[f"{key} to {label}"] = None
                 if other != arm and (text, steps, other, seeds[0]) in runs:
                     others = [runs[text, steps, other, seed]["items"][key] for seed in seeds]
@@ -245,6 +243,7 @@ def main():
     results = tools.run_jobs(one_run, tasks, args.jobs)
     rows = summary(results)
     record = dict(command=tools.command(), **tools.machine(args.device), settings=settings)
+    record["commits_of_runs"] = sorted({run["commit"] for run in read + results})
     record["cpu_seconds_of_runs"] = sum(run["cpu_seconds"] for run in read + results)
     record["commands"] = [run["command"] for run in read + results if run["seed"] == 0]
     record["values"] = [run["value"] for run in read if run["value"]]

@@ -201,8 +201,7 @@ def prepare_proof(args, free, num_layers):
     settings = {key: value for key, value in vars(args).items() if key not in ("out", *free)}
     file = out / "settings.json"
     if file.exists() and json.loads(file.read_text()) != settings:
-        held = file.read_text()
-        held = f"holds runs with other settings ({held})"
+        held = f"holds runs with other settings ({file.read_text()})"
         raise SystemExit(f"error: --out {out}: {held}; name a new one")
     file.write_text(json.dumps(settings))
     write_json(out / "config.json", {**PROOF_MODEL, "num_hidden_layers": num_layers})
@@ -240,6 +239,7 @@ def kept(file, work):
     began, cpu = time.time(), time.process_time()
     result = work()
     result |= dict(began=began, seconds=time.time() - began, cpu_seconds=time.process_time() - cpu)
+    result["commit"] = machine()["commit"]
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(result))
     temporary.replace(file)

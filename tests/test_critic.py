@@ -377,7 +377,7 @@ def test_judgement_by_hand():
 def test_the_strength_gives_the_effective_share_that_is_asked_for(critic, weights):
     batch = batch_of(critic, np.arange(12), "all")
     value_BT = torch.rand(batch.x_BT.shape, generator=torch.Generator().manual_seed(0))
-    changes = dict(weights=weights, target_ess=0.8, max_weight=1e9, epsilon=0)
+    changes = dict(weights=weights, strength=None, target_ess=0.8, max_weight=1e9, epsilon=0)
     weight_N = head_weights(value_BT, batch, **changes)[0][batch.targets_KBT[0] != IGNORE]
     ess = weight_N.sum() ** 2 / (len(weight_N) * weight_N.square().sum())
     assert ess.item() == pytest.approx(0.8, abs=1e-3)
@@ -456,6 +456,7 @@ BAD = [  # rewards of records (None: of good records), flags, words
     (None, dict(data="text.jsonl"), ["text.jsonl", "right and wrong", "--reward-model"]),
     (None, dict(value_head="nothing.safetensors"), ["--value-head", "No such file"]),
     (None, dict(lambda_=1.5), ["--lambda 1.5", "from 0 to 1"]),
+    (None, dict(strength=2.0, target_ess=0.7), ["--strength, --target-ess", "one of the two"]),
 ]
 
 

@@ -503,7 +503,7 @@ def test_weights_by_hand_and_in_the_fingerprint(tmp_path):
     """A character is its bytes, also where noise of one byte takes its place; 1 leaves no trace."""
     records, spans = [dict(prompt=f"{n}é?", completion="aéxb") for n in range(9)], [[1, 3, 3]]
     variants = [{}, dict(weight=1, weights=None), dict(weights=spans)]
-    variants.append(dict(weight=0.5, weights=spans))
+    variants.append(dict(weight=0.5, weights=json.dumps(spans)))  # as in a cell of CSV
     files = [tmp_path / f"{n}.jsonl" for n in range(4)]
     for file, own in zip(files, variants):
         write(file, [record | own for record in records])

@@ -325,6 +325,8 @@ BAD = [
     (dict(target="nothing.jsonl"), ["--target nothing.jsonl", "no such file"]),
     (dict(target_ema=1.0), ["--target-ema 1.0", "from 0 to 0.9999"]),
     (dict(start=0), ["--start 0", "from 1"]),
+    (dict(mode="token_skip", target_ess=0.7), ["--target-ess: needs --mode weighted"]),
+    (dict(skip_ratio=0.5), ["--skip-ratio: needs --mode token_skip"]),
 ]
 
 

@@ -17,16 +17,16 @@ import grpo_wmtp
 import rho1_wmtp
 
 ROOT = Path(__file__).parents[1]
-CEILINGS = {"baseline_mtp.py": 250, "rho1_wmtp.py": 435, "critic_wmtp.py": 560}  # lines
+CEILINGS = {"baseline_mtp.py": 250, "rho1_wmtp.py": 440, "critic_wmtp.py": 560}  # lines
 CEILINGS.update({"grad_wmtp.py": 380, "grpo_wmtp.py": 480, "evaluate.py": 950})
-CEILINGS.update({"common.py": 2391, "README.md": 250})
+CEILINGS.update({"common.py": 2394, "README.md": 250})
 OTHERS = ".ci .gitignore LICENSE benchmarks pyproject.toml requirements.txt tests".split()
 
 
 def test_the_top_level_is_this_list():
     ignored = (ROOT / ".gitignore").read_text().replace("/", "").split()
     names = {p.name for p in ROOT.iterdir()} - {".git", *ignored}
-    assert names - {"hybrid_wmtp.py"} == {*CEILINGS, *OTHERS}
+    assert names == {*CEILINGS, *OTHERS}
 
 
 def test_no_file_is_longer_than_its_ceiling_and_no_line_than_100_columns():

@@ -287,10 +287,10 @@ def test_figures_are_those_of_a_slow_loop():
     args = rho1_args(mode="token_skip")
     pairs = [(n < c) + (n == c) / 2 for n in score[noise] for c in score[~noise]]
     expected = {"rho1/excess_mean": score.mean(), "rho1/kept_frac": kept.mean()}
-    expected |= {"rho1/skip_ratio": 0.25, "rho1/noise_auc": np.mean(pairs)}
+    expected |= {"rho1/noise_auc": np.mean(pairs)}
     expected["weights/on_noise"] = weight[noise].mean()
     expected["weights/on_clean"] = weight[~noise].mean()
-    assert rho1_wmtp.rho1_metrics(micro_steps, 0.25, args) == pytest.approx(expected)
+    assert rho1_wmtp.rho1_metrics(micro_steps, args) == pytest.approx(expected)
 
 
 # ----------------------------------------------------------------------------- what is left out
@@ -316,8 +316,10 @@ def test_the_strength_of_weights_gives_the_effective_share_that_is_asked_for():
         assert u_N.mean() == pytest.approx(1, abs=1e-6)
     equal_N = rho1_wmtp.weights_of_scores(score_N, 0, rho1_args(target_ess=1.0))
     assert equal_N.numpy() == pytest.approx(1, abs=1e-4)
-    bounded_N = rho1_wmtp.weights_of_scores(score_N, 0, rho1_args(target_ess=0.01))
-    assert 0.05 <= bounded_N.min() and bounded_N.max() <= 3  # as near as the bounds allow
+    args = rho1_args()
+    args.target_ess = 0.3  # less than --max-weight allows: 0.95 / 2.95 of the weights are 3
+    share = rho1_wmtp.weights_of_scores(score_N, 0, args).double().square().mean() ** -1
+    assert share.item() == pytest.approx(2.95 / (0.95 * 9 + 2 * 0.05**2), abs=1e-3)
     args = rho1_args(target_ess=0.5)  # one token has no other share; NaN stays for the run to see
     assert rho1_wmtp.weights_of_scores(score_N[:1], 0, args) == pytest.approx(1)
     assert rho1_wmtp.weights_of_scores(score_N[:2] * math.nan, 0, args).isnan().all()
@@ -339,7 +341,8 @@ def test_documents_of_highest_loss_lose_their_targets_whole(rho1):
 
     batch = load_batch(data.train, np.arange(len(data.train)), 2, "cpu")
     before_KBT = batch.targets_KBT.clone()
-    ratios = [reference.leave_out([batch], step) for step in (0, 1000, 2000, 3900)]
+    reference.leave_out([batch])
+    ratios = [reference.ratio(step) for step in (0, 1000, 2000, 3900)]
     assert ratios == pytest.approx([0, 0.2, 0.4, 0.4])
     is_out_BT = torch.tensor(np.isin(columns["document"], [*left_out]))
     expected_KBT = before_KBT.masked_fill(is_out_BT, IGNORE)
@@ -363,7 +366,7 @@ def test_left_out_documents_have_no_part_in_the_loss(rho1, tmp_path):
     target_N = x_BT[:, 1:][torch.tensor(is_kept_BT)]
     loss = F.cross_entropy(logits[:, :-1][torch.tensor(is_kept_BT)], target_N).item()
     logged = metrics_of(tmp_path / "run")
-    assert [line["rho1/skip_ratio"] for line in logged[:2]] == pytest.approx([0, 0.2])
+    assert [line["rho1/kept_frac"] for line in logged[:2]] == pytest.approx([1, 0.8], abs=0.01)
     assert logged[0]["train/loss"] == pytest.approx(loss, rel=1e-5) and len(reference.left_out_D)
 
 
@@ -381,8 +384,9 @@ def test_noise_of_the_run_is_estimated_and_left_out(rho1, tmp_path):
     assert after.skip_ratio == pytest.approx(rho1_wmtp.noise_share(*losses), abs=1e-3)
     assert run_rho1(rho1, tmp_path / "run", max_steps=1, **auto) == 0
     logged = metrics_of(tmp_path / "run")[0]
-    assert 0 < logged["rho1/skip_ratio"] < 1
-    assert logged["rho1/kept_frac"] == pytest.approx(1 - logged["rho1/skip_ratio"], abs=0.01)
+    own, _ = reference_of(rho1, max_steps=1, batch_size=8, **auto)  # from the rows of that run
+    assert 0 < own.skip_ratio < 1
+    assert logged["rho1/kept_frac"] == pytest.approx(1 - own.skip_ratio, abs=0.01)
 
 
 # ------------------------------------------------------------------------------------ bad input
@@ -391,11 +395,11 @@ BAD = [
     (dict(ref_model="{folder}/words"), ["--ref-model", "tokenizer"]),
     (dict(ref_model="{folder}/short"), ["--ref-model", "16 tokens", "--seq-len 32"]),
     (dict(ref_model="{folder}/start", model="{folder}/start"), ["is the start of this run too"]),
-    (dict(mode="token_skip", target_ess=0.7), ["--target-ess", "--mode weighted"]),
+    (dict(mode="token_skip", target_ess=0.7), ["--target-ess", "need --mode weighted"]),
     (dict(temperature=0.5, target_ess=0.7), ["--target-ess", "one of the two"]),
     (dict(skip_ratio="auto"), ["--skip-ratio", "--mode token_skip"]),
     (dict(skip_ratio=1.0), ["--skip-ratio 1.0", "from 0 to 0.9999"]),
-    (dict(target_ess=0.0), ["--target-ess 0.0", "from 0.001 to 1"]),
+    (dict(target_ess=0.3), ["--target-ess 0.3", "from 0.344828 to 1"]),
 ]
 
 
