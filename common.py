@@ -466,25 +466,25 @@ def bounded_softmax(logit_N, epsilon, max_weight):
     """`clip(exp(logit + c), epsilon, max_weight)`, `[N]`, with the c that makes its mean 1.
 
     N times the softmax where no bound is met; so the bounds hold for the weights that are used. c
-    is found by bisection; the sorted logits and their cumulative sums spare each halving a pass
-    over N. epsilon is at most 1, max_weight at least 1.
+    is a root; the sorted logits and their cumulative sums spare each trial a pass over N. epsilon
+    is at most 1, max_weight at least 1. NaN where a logit is not finite.
     """
-    N, device, dtype = len(logit_N), logit_N.device, logit_N.dtype
-    if N == 0:
-        return logit_N
-    logit_N = logit_N.detach().cpu().double()
-    sorted_N = logit_N.sort().values
-    log_sums = np.append(-math.inf, sorted_N.logcumsumexp(0))  # [n]: of the n lowest
-    sorted_N = sorted_N.numpy()
+    N = len(logit_N)
+    if N == 0 or not logit_N.isfinite().all():
+        return logit_N * math.nan
+    values_N = logit_N.detach().cpu().double()
+    sorted_N = np.sort(values_N.numpy())
+    log_sums = np.append(-math.inf, np.logaddexp.accumulate(sorted_N))  # [n]: of the n lowest
     log_least, log_most = math.log(max(epsilon, 1e-9)), math.log(max_weight)
-    low, high = log_least - sorted_N[-1], log_most - sorted_N[0]  # all weights at a bound
-    for _ in range(60):
-        middle = (low + high) / 2
-        first, last = sorted_N.searchsorted([log_least - middle, log_most - middle])
-        inner = math.exp(log_sums[last] + middle) - math.exp(log_sums[first] + middle)
-        total = first * epsilon + inner + (N - last) * max_weight
-        low, high = (middle, high) if total < N else (low, middle)
-    return (logit_N + high).exp().clamp(epsilon, max_weight).to(device, dtype)
+
+    def missing(c):
+        first, last = sorted_N.searchsorted([log_least - c, log_most - c])
+        inner = math.exp(log_sums[last] + c) - math.exp(log_sums[first] + c)
+        return N - first * epsilon - inner - (N - last) * max_weight
+
+    all_at_bounds = log_least - sorted_N[-1] - 1, log_most - sorted_N[0] + 1
+    c = brentq(missing, *all_at_bounds)
+    return (values_N + c).exp().clamp(epsilon, max_weight).to(logit_N.device, logit_N.dtype)
 
 
 def select(score_N, skip_ratio):
