@@ -159,7 +159,7 @@ def noise_share(mixed_N, clean_N):
     F_mixed = (1 - share) F_clean + share F_noise, and few losses of noise lie where most clean ones
     do. So the share is the largest 1 - F_mixed(c) / F_clean(c) at or above the median of `clean_N`.
     Noise that is easy to predict is not seen; another kind of text than the clean one counts too.
-    A largest value of samples is biased: with 2,000 clean losses, 0.01 to 0.03 where 0 is true.
+    A largest value of samples is biased: 0.00 to 0.03 with 2,000 clean losses where 0 is true.
     """
     clean_N, mixed_N = np.sort(clean_N), np.sort(mixed_N)
     above_N = clean_N[len(clean_N) // 2 :]
