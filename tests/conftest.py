@@ -5,6 +5,7 @@ the models are tiny, and threads of several processes on two cores wait for each
 """
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -60,6 +61,20 @@ def material(tmp_path_factory):
 
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     return folder
+
+
+@pytest.fixture
+def chunked(monkeypatch):
+    """`chunked(n)` makes the loss take n tokens at a time; None: as many as it takes by itself."""
+    import common
+
+    token_losses = common.token_losses
+
+    def set_chunk(chunk):
+        chunks = functools.partial(token_losses, chunk=chunk)
+        monkeypatch.setattr(common, "token_losses", chunks)
+
+    return set_chunk
 
 
 def short_args(script_module, material, run_dir, **changes):

@@ -22,9 +22,8 @@ import tokenizers
 import torch
 import transformers
 from sklearn.metrics import roc_auc_score
-from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers, processors
-from tokenizers import trainers
-from tokenizers.processors import TemplateProcessing
+from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import ByteLevel, TemplateProcessing
 
 import common
 from common import IGNORE, Ranks, imitate_all, load_batch, micro_batches
@@ -363,11 +362,10 @@ def test_documents_of_every_kind_of_file(tmp_path, capsys, name):
     assert ("data      1 files of " in printed) == (name == "folder")
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.PY.gz"])
-def test_one_text_is_cut_by_length_whatever_its_lines(tmp_path, name):
-    text, file = "é\n" * 30 + "".join(map(str, range(50_000)))[:99_940], tmp_path / name
-    file.write_bytes(gzip.compress(text.encode()) if ".gz" in name else text.encode())
-    loaded = load(file)
+def test_one_text_is_cut_by_length_whatever_its_lines(tmp_path):
+    text = "é\n" * 30 + "".join(map(str, range(50_000)))[:99_940]
+    (tmp_path / "a.txt").write_text(text)
+    loaded = load(tmp_path / "a.txt")
     train, heldout = texts_of(loaded.train), texts_of(loaded.heldout)
     assert Counter("".join(train + heldout)) == Counter(text)
     assert len(train) + len(heldout) == 100 and {len(t) for t in train + heldout} == {1000}
@@ -377,14 +375,8 @@ def test_one_text_is_cut_by_length_whatever_its_lines(tmp_path, name):
 
 def test_every_character_lies_in_a_token_where_offsets_leave_out_spaces():
     """A byte-level BPE tokenizer, which by itself gives the words without the space before."""
-    built = Tokenizer(models.BPE())
-    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    built.post_processor = processors.ByteLevel(trim_offsets=True)
-    text = "if caf\u00e9:\n        return  \u65e5"
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    built.train_from_iterator([text] * 3, trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=built)
+    tokenizer, text = fast_tokenizer("$A"), "if caf\u00e9:\n        return  \u65e5"
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
     _, begin_N, end_N = common.encode_spans(tokenizer, [text])[0]
     covered = [((begin_N <= place) & (place < end_N)).any() for place in range(len(text))]
     assert all(covered) and (begin_N < end_N).all()
@@ -619,16 +611,9 @@ def test_only_correct_records_are_imitated_unless_all_are(tmp_path):
 RECORD = {"prompt": "a", "completion": "b"}
 UNUSABLE = {  # what the message says: name and content of the file
     "cannot be read (JSONDecodeError: Expecting value: line 3": '{"text": ""}\n\n{"text":\n',
-    "cannot be read (UnicodeDecodeError": b'{"text": "\xff"}',
     "row 2: cannot be read (UnicodeEncodeError": '{"text": "a"}\n{"text": "\\ud83d"}\n',
-    "row 1: cannot be read (KeyError: 'role'": [{"messages": [{"from": "me"}]}],
-    "row 1: cannot be read (TypeError: the column instruction": [{"instruction": 3, "output": "b"}],
-    "row 1: cannot be read (ValueError: invalid literal": [RECORD | {"fault_start": "x"}],
     "row 1: cannot be read (ValueError: columns body, title;": [{"body": "x", "title": "y"}],
     "row 1: cannot be read (TypeError: the column text holds int 42,": [{"text": 42}],
-    "the column completion holds list ['b'], not": [RECORD | {"completion": ["b"]}],
-    "row 2: cannot be read (ValueError: columns b;": '{"text": "a"}\n["b"]\n',
-    "cannot be read (SchemaInferenceError: Please pass `features` or at least one example": "\n",
     "all of its 2 documents are empty": [{"text": ""}, {"text": None}],
     "no training document fits --seq-len 300": [RECORD | {"prompt": p * 300} for p in "abc"],
     "row 1: cannot be read (ValueError: the reward 1.5": [RECORD | {"reward": 1.5}],
@@ -636,12 +621,9 @@ UNUSABLE = {  # what the message says: name and content of the file
     "1 of 2 documents have no reward; --reward-model": [RECORD | {"reward": r} for r in (None, 1)],
     "the weight -0.5 is no number from 0": [RECORD | {"weight": -0.5}],
     "the weight nan is no number from 0": '{"text": "a", "weight": NaN}',
-    "the weight inf is no number from 0": '{"text": "a", "weight": Infinity}',
-    "could not convert string to float: 'much'": [RECORD | {"weight": "much"}],
     "weights: [0, 1] is not [start, end, weight]": [RECORD | {"weights": [[0, 1]]}],
     "weights: [0, 1, 'x'] is not [start, end,": [RECORD | {"weights": [[0, 1, "x"]]}],
     "weights: [0, 1, -2] is not [start, end,": [RECORD | {"weights": [[0, 1, 3], [0, 1, -2]]}],
-    "weights: [0, 1, nan] is not [start, end,": [RECORD | {"weights": [[0, 1, math.nan]]}],
     "weights: [1, 1, 2] is not [start, end,": [RECORD | {"weights": [[1, 1, 2]]}],
     "[0, 2, 2] is not [start, end, weight]: 1 characters": [RECORD | {"weights": [[0, 2, 2]]}],
     "give one weight a row": [{"messages": [{"role": "user"}], "weights": [[0, 1, 2]]}],
@@ -654,9 +636,7 @@ UNUSABLE = {  # what the message says: name and content of the file
 @pytest.mark.parametrize("message", UNUSABLE)
 def test_files_that_cannot_be_used(tmp_path, message):
     content, file = UNUSABLE[message], tmp_path / "a.jsonl"
-    if isinstance(content, str):
-        content = content.encode()
-    file.write_bytes(content) if isinstance(content, bytes) else write(file, content)
+    file.write_text(content) if isinstance(content, str) else write(file, content)
     refused(lambda: load(file, seq_len=300), f"--data {file}", message)
 
 
@@ -676,6 +656,3 @@ def test_flags_that_cannot_be_used(tmp_path, monkeypatch):
     Path("1.csv").write_text("text\na\nb\nc\n")
     Path("2.csv").write_text('text\na\n"b\nc\n')  # a quote that does not end
     refused(lambda: load("*.csv"), "--data 2.csv: cannot be read")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "tables")
-    (tmp_path / "tables" / "wmtp").symlink_to("/proc")  # a folder that even root cannot write
-    refused(lambda: load("stdlib"), "tables/wmtp: cannot be written", "set HF_HOME")

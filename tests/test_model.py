@@ -17,7 +17,6 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
-import common
 from common import HEADS_FILE, IGNORE, Ranks, active_heads, build_model, from_config
 from common import load_mtp, save_model
 from conftest import bytes_tokenizer, refused
@@ -95,22 +94,6 @@ def far(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
 
 
-def gradients_of(model):
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-@pytest.fixture
-def chunked(monkeypatch):
-    """`chunked(n)` makes the loss take n of the 117 tokens at a time (without it: all of them)."""
-    token_losses = common.token_losses
-
-    def set_chunk(chunk):
-        chunks = functools.partial(token_losses, chunk=chunk)
-        monkeypatch.setattr(common, "token_losses", chunks)
-
-    return set_chunk
-
-
 # --------------------------------------------------------------------------- saved and read again
 @pytest.fixture(scope="module", params=FAMILIES)
 def saved(request, tmp_path_factory):
@@ -141,13 +124,6 @@ def test_reload_gives_every_head_exactly(saved):
     assert {name.split(".")[1] for name in tensors} == {"2", "3"}
     two, three = (tensors[f"heads.{k}.mlp.up_proj.weight"] for k in (2, 3))
     assert not torch.equal(two, three)  # each head starts from its own draw
-
-
-def test_one_head_is_saved_without_a_heads_file(tmp_path):
-    save(model := make_model("qwen3", 1), tmp_path)
-    assert not (tmp_path / "model" / HEADS_FILE).exists()
-    with torch.no_grad():
-        assert torch.equal(load_mtp(tmp_path).hidden(X_BT, 1), model.hidden(X_BT, 1))
 
 
 def test_heads_added_to_a_pretrained_model_are_copies_of_its_last_layer(saved, tmp_path):
@@ -246,10 +222,10 @@ def check_loss(model, num_heads):
     assert loss_KBT.dtype == torch.float32 and (loss_KBT[targets_KBT == IGNORE] == 0).all()
     assert ((loss_KBT - expected_KBT).abs() <= 1e-5 * expected_KBT.abs().clamp(min=1)).all()
     (weight_KBT * loss_KBT).sum().backward()
-    assert gradients_of(model).keys() == gradients.keys()
-    for name, gradient in gradients_of(model).items():
+    assert dict(model.named_parameters()).keys() == gradients.keys()
+    for name, p in model.named_parameters():
         assert gradients[name].norm() > 1e-6, name  # one of nothing agrees with anything
-        assert far(gradient, gradients[name]) < 1e-5, name
+        assert far(p.grad, gradients[name]) < 1e-5, name
 
 
 VARIANTS = [*((family, 3, 16) for family in FAMILIES), ("gemma2", 3, 5), ("gemma2", 3, 256)]

@@ -1,6 +1,5 @@
 """Training that begins with a model's weights: heads alone, rates, evaluations, held-out files."""
 
-import functools
 import json
 import signal
 import subprocess
@@ -53,18 +52,15 @@ def test_heads_alone_train_and_the_plain_model_stays(material, plain, trained):
     assert json.loads((trained / "args.json").read_text())["args"]["heads_lr"] == 1e-3
 
 
-def test_heads_alone_have_gradients_as_when_all_trains(plain):
+def test_heads_alone_have_gradients_as_when_all_trains(plain, chunked):
     x_BT = torch.arange(3, 33).view(2, 15)
     targets_KBT = x_BT.roll(-1, 1).expand(3, 2, 15)
     gradients = []
     for part, chunk in (("all", None), ("heads", None), ("heads", 16)):
         model = common.load_mtp(str(plain), 3)
         model.set_trained(part)
-        with pytest.MonkeyPatch.context() as patch:
-            if chunk:
-                chunked = functools.partial(common.token_losses, chunk=chunk)
-                patch.setattr(common, "token_losses", chunked)
-            model(x_BT, targets_KBT).sum().backward()
+        chunked(chunk)
+        model(x_BT, targets_KBT).sum().backward()
         heads = model.heads.layers[1:].parameters()
         gradients.append([p.grad for p in heads])
         others = [p for p in model.parameters() if not p.requires_grad]

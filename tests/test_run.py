@@ -8,7 +8,6 @@ import math
 import multiprocessing
 import os
 import random
-import shlex
 import shutil
 import signal
 import subprocess
@@ -51,8 +50,7 @@ class Runs:
             words = choose.choices("ab cd ef gh ij".split(), k=choose.randint(2, 4))
             records.append(dict(prompt=f"{number}:", completion=" ".join(words), reward=1.0))
             records.append(dict(prompt=f"{number}:", completion="!".join(words), reward=0.0))
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        (folder / "records.jsonl").write_text(text)
+        write_lines(folder / "records.jsonl", records)
 
     def args(self, name, run_dir, **changes):
         values = dict(save_every=2, keep_last=0, checkpoint_dir="")
@@ -145,6 +143,14 @@ def words_of(args):
     return [word for word in words if not word.endswith(("=False", "="))]
 
 
+def import_of(file):
+    """The module of an edited script, read anew."""
+    spec = importlib.util.spec_from_file_location("fork", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def content(folder):
     files = (p for p in Path(folder).rglob("*") if p.is_file() and p.name != ".lock")
     return {p: p.read_bytes() for p in files}
@@ -232,19 +238,13 @@ def test_a_run_under_nohup_goes_on_when_the_terminal_closes(runs, tmp_path):
     assert same_run(tmp_path, runs.straight("baseline"))
 
 
-def test_a_closed_stdout_and_an_old_encoding_do_not_end_a_run(runs, tmp_path):
-    """Also: `~` is a home, a folder with `::` is a folder, and printed commands are quoted."""
-    values = words_of(runs.args("baseline", "~/é a::b/", max_steps=2, mtp_schedule="constant"))
-    command = [sys.executable, str(ROOT / "baseline_mtp.py"), *values]
-    env = dict(os.environ, HOME=str(tmp_path), PYTHONIOENCODING="ascii")
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE)
+def test_a_closed_stdout_does_not_end_a_run(runs, tmp_path):
+    words = words_of(runs.args("baseline", tmp_path / "run", max_steps=2))
+    command = [sys.executable, str(ROOT / "baseline_mtp.py"), *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()  # `| head -n 1`
-    assert process.wait() == 0
-    assert list((tmp_path / "é a::b/model").glob("*.safetensors"))
-    assert list((tmp_path / "é a::b/checkpoints").glob("step_000002/meta.json"))
-    started_by_a_daemon = ["sh", "-c", f"{shlex.join(command)} >&- 2>&-"]
-    assert subprocess.run(started_by_a_daemon, env=env).returncode == 0
+    assert process.wait() == 0 and (tmp_path / "run/model").is_dir()
 
 
 def test_arguments_are_tidied_and_ctrl_c_is_one_line(monkeypatch, capfd):
@@ -450,23 +450,19 @@ def test_edited_sources_are_another_run(runs, tmp_path, monkeypatch):
     sources = [Path(shutil.copy(ROOT / f"{n}.py", tmp_path)) for n in ("baseline_mtp", "common")]
     monkeypatch.setattr(common, "__file__", str(sources[1]))
 
-    def fork():
-        spec = importlib.util.spec_from_file_location("fork", sources[0])
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    kill(fork(), runs.args("baseline", ""), after=3)
+    script = sources[0]
+    kill(import_of(script), runs.args("baseline", ""), after=3)
     (first,) = Path("runs").iterdir()
     for number, source in enumerate(sources, start=2):
         source.write_text(source.read_text() + "# edited\n")
-        kill(fork(), runs.args("baseline", ""), after=1)
+        kill(import_of(script), runs.args("baseline", ""), after=1)
         assert len(list(Path("runs").glob("baseline_mtp-s0-*"))) == number
         args = runs.args("baseline", first)
         remedy = f"to resume under the new one: cp {source} {first}"
-        refused(lambda args=args: run_main(fork(), args), f"{source.name} differs", remedy)
+        call = functools.partial(run_main, import_of(script), args)
+        refused(call, f"{source.name} differs", remedy)
         shutil.copy(source, first)
-    assert run_main(fork(), args) == 0
+    assert run_main(import_of(script), args) == 0
     assert same_run(first, runs.straight("baseline"))
 
 
@@ -482,7 +478,7 @@ def truncate(file):
 
 
 DAMAGES = [("__0_0.distcp", flip), ("__0_0.distcp", Path.unlink), (".metadata", flip)]
-DAMAGES += [("metrics.jsonl", flip), ("meta.json", truncate), ("meta.json", Path.unlink)]
+DAMAGES += [("metrics.jsonl", flip), ("meta.json", truncate)]
 
 
 @pytest.mark.parametrize("name, damage", DAMAGES)
@@ -491,8 +487,7 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_taken(runs, tmp_path, caps
     damage(run_dir / "checkpoints/step_000006" / name)
     assert runs.main("baseline", run_dir) == 0
     output = capsys.readouterr().out
-    if (name, damage) != ("meta.json", Path.unlink):  # without it a checkpoint is none
-        assert "checkpoints/step_000006 is bad" in output
+    assert "checkpoints/step_000006 is bad" in output
     assert "resume    from" in output and "checkpoints/step_000004\n" in output
     assert same_run(run_dir, runs.straight("baseline"))
     names = {file.name for file in (run_dir / "checkpoints/step_000006").iterdir()}
@@ -591,15 +586,10 @@ def test_wandb_works_offline(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
-    args = runs.args("baseline", tmp_path / "run", tracker="wandb", max_steps=2)
-    for _ in range(2):
-        assert run_main(baseline_mtp, args) == 0
-        shutil.rmtree(tmp_path / "run/model")
-        time.sleep(1)  # a folder is named after the second
+    assert runs.main("baseline", tmp_path / "run", tracker="wandb", max_steps=2) == 0
     output = capsys.readouterr()
-    folders = {str(file.parent) for file in (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")}
-    assert len(folders) == 2 and "failed" not in output.err
-    assert f"look      wandb sync {' '.join(sorted(folders))}" in output.out
+    (file,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    assert f"look      wandb sync {file.parent}" in output.out and "failed" not in output.err
 
 
 # -------------------------------------------------------------------------------------- bad input
@@ -644,10 +634,7 @@ def test_the_weighting_in_readme_runs_as_a_fork(material, tmp_path):
     changed = difflib.unified_diff(baseline.splitlines(), source.splitlines(), n=0)
     assert sum(line.startswith("+") for line in changed) - 1 <= 15
     (tmp_path / "mine_wmtp.py").write_text(source)
-    spec = importlib.util.spec_from_file_location("mine_wmtp", tmp_path / "mine_wmtp.py")
-    mine = importlib.util.module_from_spec(spec)
-    sys.modules["mine_wmtp"] = mine
-    spec.loader.exec_module(mine)
+    mine = import_of(tmp_path / "mine_wmtp.py")
     assert run_main(mine, short_args(mine, material, tmp_path / "run", max_steps=2)) == 0
     for line in metrics_of(tmp_path / "run")[:2]:
         assert line["weights/mean"] == pytest.approx(1, abs=1e-5) and line["weights/max"] <= 3
