@@ -113,14 +113,12 @@ class Args:
 
     # Algorithm specific arguments
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.0  # share of equal weights, 0 to 1
-    target_ess: float | None = None
-    """Effective share of tokens of u, which sets the temperature; None: 0.7 in --mode weighted."""
+    target_ess: float | None = None  # effective share of tokens of u; None: 0.7 in --mode weighted
     temperature: float | None = None  # of the softmax, nats, in the place of --target-ess
     epsilon: float = 0.05  # least u of --mode weighted
     max_weight: float = 3.0  # largest u of --mode weighted
     ref_model: str = ""  # reference: a run, its model/, or a Hugging Face model of this tokenizer
-    mode: Literal["weighted", "token_skip"] = "weighted"
-    """weighted: softmax of the scores. token_skip: the lowest scores are left out."""
+    mode: Literal["weighted", "token_skip"] = "weighted"  # a softmax, or the lowest left out
     skip_ratio: float | Literal["auto"] | None = None
     """Share of the valid tokens that token_skip leaves out; auto: estimated once; None: 0.3."""
     skip_ramp: float = 0.0  # part of the run in which that share grows from 0
@@ -146,7 +144,9 @@ class Args:
         if self.mode == "weighted" and not given:
             self.target_ess = 0.7
         least = 1 / (self.max_weight + self.epsilon * (1 - self.max_weight))  # every u at a bound
-        check_ranges(self, target_ess=(least, 1))
+        if self.target_ess is not None and not least <= self.target_ess <= 1:
+            bounds = f"--max-weight {self.max_weight:g} --epsilon {self.epsilon:g}"
+            raise UsageError(f"--target-ess {self.target_ess}: from {least:.3f} to 1 with {bounds}")
         if not self.ref_model:
             example = "baseline_mtp.py --data stdlib:b --num-heads 1 --run-dir runs/reference"
             raise UsageError(f"--ref-model: name a reference; `{example}` trains one")

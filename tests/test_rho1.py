@@ -384,7 +384,7 @@ BAD = [
     (dict(mode="token_skip", target_ess=0.7), ["--target-ess", "need --mode weighted"]),
     (dict(temperature=0.5, target_ess=0.7), ["--target-ess", "one of the two"]),
     (dict(skip_ratio="auto"), ["--skip-ratio", "--mode token_skip"]),
-    (dict(target_ess=0.3), ["--target-ess 0.3", "from 0.344828 to 1"]),
+    (dict(target_ess=0.3), ["--target-ess 0.3", "from 0.345 to 1 with --max-weight 3"]),
 ]
 
 
