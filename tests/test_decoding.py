@@ -136,17 +136,16 @@ def test_texts_are_distributed_as_by_plain_sampling(family, num_heads, temperatu
         assert 0.1 < done.accepted[0] / done.row_steps < 0.9
 
 
-@pytest.mark.parametrize("num_heads, temperature", [(1, 0.8), (4, 0.0), (4, 0.8)])
-def test_a_row_is_the_same_in_any_batch(trained, num_heads, temperature):
+@pytest.mark.parametrize("num_heads", [1, 4])
+def test_a_row_is_the_same_in_any_batch(trained, num_heads):
     def texts(prompts, seeds):
-        options = (NEW, 9, num_heads, temperature, 0.95, seeds)
-        return generate(trained, prompts, *options).tokens
+        return generate(trained, prompts, NEW, 9, num_heads, 0.8, 0.95, seeds).tokens
 
     seeds = [7, 1, 7, 3, 12]
     single = [texts([prompt], [seed])[0] for prompt, seed in zip(CHAINS, seeds)]
     assert texts(CHAINS, seeds) == single
     assert texts(CHAINS[::-1], seeds[::-1]) == single[::-1]
-    assert (texts(CHAINS, [seed + 1 for seed in seeds]) == single) == (temperature == 0)
+    assert texts(CHAINS, [seed + 1 for seed in seeds]) != single
 
 
 def test_finished_rows_leave_the_batch(trained, verdicts):
@@ -191,13 +190,12 @@ def blockwise(model, prompt, num_heads):
     return text[len(prompt) : end], steps, accepted
 
 
-@pytest.mark.parametrize("num_heads", [1, 4])
-def test_counters_are_those_of_a_slow_loop(trained, num_heads):
-    slow = [blockwise(trained, prompt, num_heads) for prompt in CHAINS]
+def test_counters_are_those_of_a_slow_loop(trained):
+    slow = [blockwise(trained, prompt, 4) for prompt in CHAINS]
     texts, steps, accepted = zip(*slow)
-    done = generate(trained, CHAINS, NEW, None, num_heads)
+    done = generate(trained, CHAINS, NEW, None, 4)
     assert done.tokens == list(texts)
     assert (done.row_steps, done.new_tokens) == (sum(steps), len(CHAINS) * (NEW - 1))
     assert done.accepted.tolist() == np.sum(accepted, 0).tolist()
     assert done.forwards == 1 + max(steps)
-    assert num_heads == 1 or done.accepted[-1] > 0
+    assert done.accepted[-1] > 0

@@ -85,12 +85,6 @@ def test_heldout_figures_equal_a_slow_loop_over_the_plain_model(trained, loaded,
     assert sum(documents["bits"]) / sum(documents["bytes"]) == pytest.approx(bits, rel=1e-5)
 
 
-def test_drafted_texts_are_the_plain_ones_and_save_passes(evaluated):
-    results = results_of(evaluated)
-    assert results["speed/identical"] is True
-    assert all(results[f"speed/tokens_per_forward_heads_{k}_batch_1"] > 1 for k in (2, 3))
-
-
 # -------------------------------------------------------------------------------------- problems
 def mbpp_task(number):
     tests = [f"assert add(1) == {1 + number}", f"assert add(-5) == {number - 5}"]
@@ -170,9 +164,13 @@ def test_contests_bring_their_own_limits(material, tmp_path):
     assert not file_task.cases  # it is left out of the problems
 
 
-def test_programs_are_scored_and_pass_at_k_is_unbiased(problems, tmp_path):
+def test_programs_are_scored_and_pass_at_k_is_unbiased(problems, tmp_path, capsys):
+    """A problem whose tests cannot run is named and does not count."""
+    lacking = mbpp_task(6) | {"test_setup_code": "import no_such_package"}
+    write_lines(problems, [*TASKS, lacking])
     right, slow = TASKS[0]["code"], "while True: pass"
     texts = {2: [right, WRONG, WRONG, slow], 3: [WRONG] * 4, 4: [TASKS[2]["code"]] * 4}
+    texts[6] = [lacking["code"]] * 4
     records = [dict(task_id=t, solution=text) for t, many in texts.items() for text in many]
     file = write_lines(tmp_path / "mine.jsonl", records)
     options = dict(suites=["mbpp"], problems=problems, solutions=file, timeout=1.0)
@@ -182,53 +180,34 @@ def test_programs_are_scored_and_pass_at_k_is_unbiased(problems, tmp_path):
         chances = [1 - math.comb(4 - c, k) / math.comb(4, k) for c in (1, 0, 4)]
         assert results[f"mbpp/pass@{k}"] == pytest.approx(sum(chances) / 3)
     assert "mbpp/pass@5" not in results  # with 4 programs for a problem
-    counts = [results[f"mbpp/{n}"] for n in ("passed", "samples", "problems", "timed_out")]
-    assert counts == [5, 12, 3, 1]
+    names = ("passed", "samples", "problems", "timed_out", "left_out")
+    assert [results[f"mbpp/{name}"] for name in names] == [5, 12, 3, 1, 1]
+    assert "6 left out: its tests cannot run here" in capsys.readouterr().out
     passed = json.loads((tmp_path / "e" / "items.json").read_text())["mbpp"]
     assert passed["2"] == [True, False, False, False]
     verdicts = evaluate.read_lines(tmp_path / "e" / "mbpp-verdicts.jsonl")
-    assert len(verdicts) == 6  # equal programs of a task ran once, and a reference
-    write_lines(problems, [task | {"test_list": ["assert False"]} for task in TASKS])
+    assert len(verdicts) == 7  # equal programs of a task ran once, and a reference
+    write_lines(problems, [task | {"test_list": ["assert False"]} for task in [*TASKS, lacking]])
     run(**options, k=[1], out=tmp_path / "e")
     again = results_of(tmp_path / "e")  # verdicts count for their own tests only
     assert again["mbpp/passed"] == 0
     assert again["suites"]["mbpp"]["problems"] != results["suites"]["mbpp"]["problems"]
 
 
-def test_problems_whose_tests_cannot_run_are_named_and_not_counted(problems, tmp_path, capsys):
-    lacking = mbpp_task(6) | {"test_setup_code": "import no_such_package"}
-    write_lines(problems, [*TASKS, lacking])
-    records = [dict(task_id=task["task_id"], solution=task["code"]) for task in [*TASKS, lacking]]
-    file = write_lines(tmp_path / "mine.jsonl", records)
-    options = dict(suites=["mbpp"], problems=problems, k=[1])
-    run(**options, solutions=file, out=tmp_path / "e")
-    results = results_of(tmp_path / "e")
-    assert (results["mbpp/left_out"], results["mbpp/problems"], results["mbpp/pass@1"]) == (1, 4, 1)
-    assert "6 left out: its tests cannot run here" in capsys.readouterr().out
-
-
-def test_time_outs_by_the_clock_run_again_with_the_same_command(problems, tmp_path, capsys):
-    """The verdicts of a busy machine: a reference and a program that are right."""
-    right = [dict(task_id=task["task_id"], solution=task["code"] + "\n") for task in TASKS]
-    options = dict(suites=["mbpp"], problems=problems, k=[1], out=tmp_path / "e")
-    options["solutions"] = write_lines(tmp_path / "mine.jsonl", right)
-    run(**options)
-    file = tmp_path / "e" / "mbpp-verdicts.jsonl"
-    file.write_text(file.read_text().replace('"passed"', '"timed out"'))
-    run(**options)
-    assert results_of(tmp_path / "e")["mbpp/pass@1"] == 1
-    assert results_of(tmp_path / "e")["mbpp/timed_out"] == 0
-    assert "reference of" not in capsys.readouterr().out
-
-
-def test_kept_verdicts_are_those_of_the_rules_in_force(tmp_path, monkeypatch):
-    """After an edit of how outputs are compared, the program is judged again."""
+def test_kept_verdicts_are_those_of_the_rules_in_force_and_no_time_outs(tmp_path, monkeypatch):
+    """After an edit of how outputs are compared, or a busy machine, a program is judged again."""
     args, sandbox = evaluate.Args(suites=["code_contests"]), evaluate.Sandbox("bwrap")
-    programs = [(evaluate.Problem("a", cases=[("", "2")]), "print(3)")]
-    for rule, kind in ((evaluate.same_output, "wrong answer"), (lambda *texts: True, "passed")):
-        monkeypatch.setattr(evaluate, "same_output", rule)
-        (verdict,) = evaluate.run_programs("c", programs, sandbox, args, tmp_path / "verdicts")
-        assert verdict == kind
+    programs, file = [(evaluate.Problem("a", cases=[("", "2")]), "print(3)")], tmp_path / "verdicts"
+
+    def judge():
+        (kind,) = evaluate.run_programs("c", programs, sandbox, args, file)
+        return kind
+
+    assert judge() == "wrong answer"
+    file.write_text(file.read_text().replace("wrong answer", "timed out"))
+    assert judge() == "wrong answer"
+    monkeypatch.setattr(evaluate, "same_output", lambda *texts: True)
+    assert judge() == "passed"
 
 
 # -------------------------------------------------------------------------------------- sampling
@@ -310,7 +289,10 @@ def test_suites_add_up_and_name_their_source(trained, tmp_path):
 
 
 def test_figures_and_table_hold_the_results(evaluated):
+    """Speed is that of texts equal to the plain ones, with more than a token a pass."""
     results, table = results_of(evaluated), evaluate.table(results_of(evaluated))
+    assert results["speed/identical"] is True
+    assert all(results[f"speed/tokens_per_forward_heads_{k}_batch_1"] > 1 for k in (2, 3))
     assert table.loc["heldout/loss", "2"] == f"{results['heldout/loss_head_2']:.4f}"
     assert {f.name for f in evaluated.glob("*.png")} == {"heads.png", "speed.png"}
     figure = evaluate.draw(results)["speed"]

@@ -48,7 +48,6 @@ def test_heads_alone_train_and_the_plain_model_stays(material, plain, trained):
     assert (first["step"], last["step"]) == (0, 4)
     assert first["eval/loss_head_1"] == last["eval/loss_head_1"]
     assert all(first[f"eval/loss_head_{k}"] > last[f"eval/loss_head_{k}"] for k in (2, 3))
-    assert metrics_of(trained)[-1]["step"] == 4
     assert json.loads((trained / "args.json").read_text())["args"]["heads_lr"] == 1e-3
 
 
