@@ -25,7 +25,6 @@ Commands:
   laptop      python baseline_mtp.py
   one GPU     python baseline_mtp.py --model Qwen/Qwen2.5-0.5B --data my.jsonl --lr 1e-5 ...
   eight GPUs  torchrun --nproc-per-node 8 baseline_mtp.py --model Qwen/Qwen2.5-7B --lr 1e-5 ...
-Results: README.md
 """
 
 import time

@@ -30,7 +30,6 @@ not seen the tokens between: here alone a token has a weight for each head. E[u 
 Commands:
   laptop      python critic_wmtp.py
   eight GPUs  torchrun --nproc-per-node 8 critic_wmtp.py --model Qwen/Qwen2.5-7B --data my.jsonl ...
-Results: README.md
 """
 
 import collections

@@ -29,7 +29,6 @@ step, and needs no reference model. One token's score is noisy: near ones are av
 Commands:
   laptop      python grad_wmtp.py --data stdlib:a --noise-frac 0.3 --target stdlib:b
   eight GPUs  torchrun --nproc-per-node 8 grad_wmtp.py --model Qwen/Qwen2.5-7B --target ...
-Results: README.md
 """
 
 import math

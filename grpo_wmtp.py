@@ -35,7 +35,6 @@ Deviations from the paper:
 Commands:
   laptop      python grpo_wmtp.py    prints two: a start, and this; of one --seed (held-out sums)
   eight GPUs  torchrun --nproc-per-node 8 grpo_wmtp.py --model ... --data my.jsonl ...
-Results: README.md
 """
 
 import ast

@@ -15,12 +15,12 @@ known has a low one, so both score low. A token has one weight, whichever head p
     CE[t,k]  loss_KBT       cross entropy (nats) of head k at position t for the token k places on
     CE_ref   ref_BT         the same of the reference's head 1, at the position before the token
     s, u     score_N, u_N   of the valid targets of a micro-step, over all ranks together
-    m[t,k]   targets_KBT    IGNORE where m = 0: prompt, padding, past the end of row or document
+    m[t,k]   targets_KBT    IGNORE where m = 0: prompt, padding, past the document, left out
     w[j]     weight_BT      weight of token j, whichever head predicts it; mean 1 over the targets
     lambda   --lambda       1 is baseline_mtp.py to the last bit, 0 the bare algorithm
-    temperature             the one that gives (sum u)^2 = 0.7 N sum u^2, 0.7: --target-ess
+    temperature             the one at which (sum u)^2 / (N sum u^2) is --target-ess, 0.7
     ratio    --skip-ratio   share left out by token_skip: 0.3 in the paper's 7B runs, 0.4 at 1B;
-                            auto: the share of noise, as the losses of the reference show it
+                            auto: the share of noise, if the held-out text is clean
     N        num_valid      valid targets of head 1, all ranks: of the update; of u: a micro-step's
 
 Deviations from the paper:
@@ -35,7 +35,6 @@ Commands:
   laptop      python baseline_mtp.py --data stdlib:b --num-heads 1 --run-dir runs/reference
               python rho1_wmtp.py --data stdlib:a --noise-frac 0.3 --ref-model runs/reference
   eight GPUs  torchrun --nproc-per-node 8 rho1_wmtp.py --model Qwen/Qwen2.5-7B --ref-model ...
-Results: README.md
 """
 
 import hashlib
@@ -122,7 +121,7 @@ class Args:
     skip_ratio: float | Literal["auto"] | None = None
     """Share of the valid tokens that token_skip leaves out; auto: estimated once; None: 0.3."""
     skip_ramp: float = 0.0  # part of the run in which that share grows from 0
-    skip_documents: float = 0.0  # share of the targets that are left out first, whole documents
+    skip_documents: float = 0.0  # share of the targets left out first: documents of highest loss
     control: Literal["none", "shuffle", "random"] = "none"
     """Weights without information: permuted among the tokens, or drawn from them anew."""
 
@@ -231,8 +230,8 @@ class Reference:
     """Losses of the reference's head 1 on this run's tokens, from a file made once.
 
     The file lies beside the packed rows and is named after them, the rows that this run visits, the
-    reference's weights and the type of the products: float32 `[rows, T]`, NaN where no target is.
-    With --lambda 1 nothing uses them: they are 0.
+    reference's weights and the type of the products: float32 `[rows, T]`, NaN where no target is, 0
+    in rows that are not visited. With --lambda 1 nothing uses them, and nothing is left out.
 
     Raises:
         UsageError: no model that can be read, or its losses would be of other tokens.
@@ -280,7 +279,7 @@ class Reference:
             heldout_NT = self.stored(data.heldout, np.arange(len(data.heldout)))
             share = noise_share(*(x[~np.isnan(x)] for x in (mixed_NT, heldout_NT)))
             self.skip_ratio = min(0.999, round(ranks.broadcast(share), 3))
-            ranks.print(f"left out  {self.skip_ratio} of the tokens (--skip-ratio auto)")
+            ranks.print(f"left out  {self.skip_ratio} of the tokens, if the held-out text is clean")
 
     def stored(self, rows, number_N):
         """Losses at these rows of a data set, memory-mapped; each rank computes a share."""
