@@ -7,7 +7,7 @@ known has a low one, so both score low. A token has one weight, whichever head p
 
     s[j] = CE_1[j] - CE_ref[j]                              eq. 3: same token, same prefix
     u    = N softmax(s / temperature), bounded, mean 1      --mode weighted (default)
-    u[j] = 1/(1 - ratio) if s[j] is among the highest       --mode token_skip, eq. 4 and 5
+    u[j] = 1/(1 - ratio) if s[j] is among the highest or 0  --mode token_skip, eq. 4 and 5
     w    = lambda + (1 - lambda) u
     L    = 1/N * sum_t sum_k  m[t,k] * w[t+k] * CE[t,k]
 
@@ -16,12 +16,12 @@ known has a low one, so both score low. A token has one weight, whichever head p
     CE_ref   ref_BT         the same of the reference's head 1, at the position before the token
     s, u     score_N, u_N   of the valid targets of a micro-step, over all ranks together
     m[t,k]   targets_KBT    IGNORE where m = 0: prompt, padding, past the document, left out
-    w[j]     weight_BT      weight of token j, whichever head predicts it; mean 1 over the targets
+    w[j]     weight_BT      weight of token j; mean 1 over the targets
     lambda   --lambda       1 is baseline_mtp.py to the last bit, 0 the bare algorithm
     temperature             the one at which (sum u)^2 / (N sum u^2) is --target-ess, 0.7
     ratio    --skip-ratio   share left out by token_skip: 0.3 in the paper's 7B runs, 0.4 at 1B;
                             auto: the share of noise, if the held-out text is clean
-    N        num_valid      valid targets of head 1, all ranks: of the update; of u: a micro-step's
+    N        num_valid      valid targets of head 1, all ranks, in the update; for u in a micro-step
 
 Deviations from the paper:
   1. The score is head 1's and serves all heads. Graded weights are the default: in our short runs
@@ -112,7 +112,7 @@ class Args:
 
     # Algorithm specific arguments
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.0  # share of equal weights, 0 to 1
-    target_ess: float | None = None  # effective share of tokens of u; None: 0.7 in --mode weighted
+    target_ess: float | None = None  # effective share of tokens of u; None: 0.7, or by temperature
     temperature: float | None = None  # of the softmax, nats, in the place of --target-ess
     epsilon: float = 0.05  # least u of --mode weighted
     max_weight: float = 3.0  # largest u of --mode weighted

@@ -19,7 +19,7 @@ rows in order (`target`: also clean ones between; `correct` and `critic_correct`
 default, added late: their own). clean: stdlib:a. line, byte, document: 30 % of these units are
 random characters. bugs: ALL records of stdlib-bugs, split as seed 0 does; broken siblings are
 imitated too, their faults are the noise. shift: stdlib, judged on the text HELDOUT. rho1's
-reference (1 head) trains on what grad's target is from: stdlib:b, TARGET, or the correct training
+reference (1 head, seed 0) and grad's target are of stdlib:b, TARGET, or the correct training
 records. V is trained for each seed, from its first weights. `weighted`: effective share of `skip`.
 
 Judged from the final models: head 1 on every fourth held-out row, on bugs on the correct functions;
