@@ -143,7 +143,7 @@ def plain_name(value):
 
 
 def check_ranges(args, **limits):
-    """Raise a `UsageError` for an argument, not None, outside of its limits `(least, most)`."""
+    """Raise a `UsageError` for an argument outside of its `name=(least, most)`; None passes."""
     for name, (least, most) in limits.items():
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
@@ -465,9 +465,9 @@ def weights_of_targets(weight_BT, num_heads):
 def bounded_softmax(logit_N, epsilon, max_weight):
     """`clip(exp(logit + c), epsilon, max_weight)`, `[N]`, with the c that makes its mean 1.
 
-    N times the softmax where no bound is met; so the bounds hold for the weights that are used. c
-    is a root; the sorted logits and their cumulative sums spare each trial a pass over N. epsilon
-    is at most 1, max_weight at least 1. NaN where a logit is not finite.
+    N times the softmax where no bound is met; so the bounds hold for the weights that are used.
+    Brent's method finds c; sorted logits and their cumulative sums make a trial O(log N). epsilon
+    is at most 1, max_weight at least 1. All weights are NaN if a logit is not finite.
     """
     N = len(logit_N)
     if N == 0 or not logit_N.isfinite().all():
@@ -482,8 +482,7 @@ def bounded_softmax(logit_N, epsilon, max_weight):
         inner = math.exp(log_sums[last] + c) - math.exp(log_sums[first] + c)
         return N - first * epsilon - inner - (N - last) * max_weight
 
-    all_at_bounds = log_least - sorted_N[-1] - 1, log_most - sorted_N[0] + 1
-    c = brentq(missing, *all_at_bounds)
+    c = brentq(missing, log_least - sorted_N[-1] - 1, log_most - sorted_N[0] + 1)
     return (values_N + c).exp().clamp(epsilon, max_weight).to(logit_N.device, logit_N.dtype)
 
 
@@ -500,21 +499,21 @@ def weights_of_ess(weights, share):
     """`weights(strength)`, `[N]`, at the strength that makes their effective share `share`.
 
     The share, (sum u)^2 / (N sum u^2), falls with the strength. The first of exp(-12), exp(-10), ..
-    exp(8) at which it is below `share` brackets the strength. Where it is nowhere below, as bounds
-    on the weights keep it above, the one of these with the least share is taken.
+    exp(8) at which it is below `share` brackets the strength. If bounds on the weights keep it
+    above at all of these, the one with the least share is taken.
     """
 
-    def excess(x):
-        u_N = weights(math.exp(x)).cpu().double()
+    def excess(log_strength):
+        u_N = weights(math.exp(log_strength)).cpu().double()
         return (u_N.sum() ** 2 / (len(u_N) * u_N.square().sum())).item() - share
 
     tried = []
-    for x in range(-12, 10, 2):
-        tried.append((excess(x), x))
+    for high in range(-12, 10, 2):
+        tried.append((excess(high), high))
         if not tried[-1][0] > 0:  # NaN too, of scores that are not finite
             break
     if tried[-1][0] <= 0 and len(tried) > 1:
-        return weights(math.exp(brentq(excess, x - 2, x, xtol=1e-6)))
+        return weights(math.exp(brentq(excess, high - 2, high, xtol=1e-6)))
     return weights(math.exp(min(tried)[1]))
 
 

@@ -14,8 +14,8 @@ on the correct records (or on all), with less weight on tokens at which V falls:
 
 By Bayes' rule p(x | prefix, correct) = p(x | prefix) V(prefix, x) / V(prefix). So with `ratio`, on
 all records and at strength 1, each head's minimiser is its distribution on correct ones. Head k has
-not seen the tokens between: here alone a token has a weight for each head. E[u | prefix] = 1. With
---target-ess the strength is the one of that effective share of tokens, and u of ratio has mean 1.
+not seen the tokens between: here alone a token has a weight for each head. E[u | prefix] = 1.
+--target-ess finds the strength that gives this effective share; then u of ratio has mean 1 too.
 
     symbol   variable       meaning
     V[t]     logit_BT       before the sigmoid; of the prefix that ends with token t

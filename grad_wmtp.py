@@ -11,7 +11,7 @@ step, and needs no reference model. One token's score is noisy: near ones are av
     s[j]    = sum_k s[j-k,k]                              all heads that predict token j
     s'[j]   = mean of s[i], |i - j| <= smooth             in one document; outliers are cut
     z       = (s' - mean) / deviation                     both moving over updates
-    u       = sigmoid(2 (z + 1)), mean 1                  --mode weighted; middle by --target-ess
+    u       = sigmoid(2 (z - middle)), mean 1             --mode weighted; middle: --target-ess
     u[j]    = 1/(1 - ratio) if z[j] is among the highest  --mode token_skip (2404.07965, eq. 5)
     w       = lambda + (1 - lambda) u
     L       = 1/N * sum_t sum_k  m[t,k] * w[t+k] * CE[t,k]
@@ -111,7 +111,7 @@ class Args:
     score: Literal["influence", "norm"] = "influence"  # norm: of the token's own gradient
     smooth: int = 16  # targets to each side over which the score is averaged; 0: off
     mode: Literal["weighted", "token_skip"] = "weighted"  # a soft gate, or the lowest left out
-    target_ess: float | None = None  # effective share of tokens of u: sets the gate's middle, -1
+    target_ess: float | None = None  # effective share of u, by the gate's middle; None: middle -1
     skip_ratio: float | None = None  # share of the tokens that token_skip leaves out; None: 0.3
     start: int = 20  # updates with equal weights before, at least 1: Adam's moments must settle
     control: Literal["none", "shuffle", "random", "target"] = "none"
@@ -164,7 +164,7 @@ def weights_of_scores(score_N, moments, args):
     if args.mode == "token_skip":
         u_N = select(z_N, 0.3 if args.skip_ratio is None else args.skip_ratio).float()
     elif args.target_ess:
-        u_N = weights_of_ess(lambda x: gate(math.log(x) / GATE_SLOPE), args.target_ess)
+        u_N = weights_of_ess(lambda odds: gate(math.log(odds) / GATE_SLOPE), args.target_ess)
     else:
         u_N = gate(GATE_MIDDLE)
     return u_N / u_N.mean()

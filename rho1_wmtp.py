@@ -7,7 +7,7 @@ known has a low one, so both score low. A token has one weight, whichever head p
 
     s[j] = CE_1[j] - CE_ref[j]                              eq. 3: same token, same prefix
     u    = N softmax(s / temperature), bounded, mean 1      --mode weighted (default)
-    u[j] = 1/(1 - ratio) if s[j] is among the highest or 0  --mode token_skip, eq. 4 and 5
+    u[j] = 1/(1 - ratio) for the highest s, else 0          --mode token_skip, eq. 4 and 5
     w    = lambda + (1 - lambda) u
     L    = 1/N * sum_t sum_k  m[t,k] * w[t+k] * CE[t,k]
 
@@ -21,7 +21,7 @@ known has a low one, so both score low. A token has one weight, whichever head p
     temperature             the one at which (sum u)^2 / (N sum u^2) is --target-ess, 0.7
     ratio    --skip-ratio   share left out by token_skip: 0.3 in the paper's 7B runs, 0.4 at 1B;
                             auto: the share of noise, if the held-out text is clean
-    N        num_valid      valid targets of head 1, all ranks, in the update; for u in a micro-step
+    N        num_valid      valid targets of head 1 in the update (in u: micro-step), all ranks
 
 Deviations from the paper:
   1. The score is head 1's and serves all heads. Graded weights are the default: in our short runs
@@ -158,7 +158,7 @@ def noise_share(mixed_N, clean_N):
     F_mixed = (1 - share) F_clean + share F_noise, and few losses of noise lie where most clean ones
     do. So the share is the largest 1 - F_mixed(c) / F_clean(c) at or above the median of `clean_N`.
     Noise that is easy to predict is not seen; another kind of text than the clean one counts too.
-    A largest value of samples is biased: 0.00 to 0.03 with 2,000 clean losses where 0 is true.
+    The estimate is biased upward: it is 0.00 to 0.03 with 2,000 clean losses where 0 is true.
     """
     clean_N, mixed_N = np.sort(clean_N), np.sort(mixed_N)
     above_N = clean_N[len(clean_N) // 2 :]
@@ -279,7 +279,7 @@ class Reference:
             heldout_NT = self.stored(data.heldout, np.arange(len(data.heldout)))
             share = noise_share(*(x[~np.isnan(x)] for x in (mixed_NT, heldout_NT)))
             self.skip_ratio = min(0.999, round(ranks.broadcast(share), 3))
-            ranks.print(f"left out  {self.skip_ratio} of the tokens, if the held-out text is clean")
+            ranks.print(f"left out  {self.skip_ratio} of the tokens, if held-out text is clean")
 
     def stored(self, rows, number_N):
         """Losses at these rows of a data set, memory-mapped; each rank computes a share."""

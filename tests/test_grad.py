@@ -13,7 +13,6 @@ import torch.nn.functional as F
 import transformers
 
 import baseline_mtp
-import common
 import grad_wmtp
 from common import IGNORE, Batch, Ranks, add_heads, build_model, load_batch, load_data
 from common import load_tokenizer, make_optimizer, make_targets, micro_batches
@@ -79,11 +78,9 @@ def case(request):
 
 # ------------------------------------------------------------------------------------ the scores
 @pytest.mark.parametrize("chunk", [None, 16])
-def test_scores_and_gradient_are_those_of_autograd(case, monkeypatch, chunk):
+def test_scores_and_gradient_are_those_of_autograd(case, chunked, chunk):
     """Untied, tied and soft-capped; all 78 tokens at once, and 16 at a time."""
-    if chunk:
-        chunks = functools.partial(common.token_losses, chunk=chunk)
-        monkeypatch.setattr(common, "token_losses", chunks)
+    chunked(chunk)
     loss_KBT, close = case.losses(case.weight_VD), functools.partial(pytest.approx, rel=1e-5)
     gradient_VD = case.gradient(loss_KBT.sum())
     own_VD, score_KBT, norm_KBT = map(case.measured, ("gradient", case.direction_VD, "norm"))

@@ -17,9 +17,9 @@ import grpo_wmtp
 import rho1_wmtp
 
 ROOT = Path(__file__).parents[1]
-CEILINGS = {"baseline_mtp.py": 250, "rho1_wmtp.py": 440, "critic_wmtp.py": 560}  # lines
+CEILINGS = {"baseline_mtp.py": 250, "rho1_wmtp.py": 439, "critic_wmtp.py": 560}  # lines
 CEILINGS.update({"grad_wmtp.py": 380, "grpo_wmtp.py": 480, "evaluate.py": 950})
-CEILINGS.update({"common.py": 2394, "README.md": 250})
+CEILINGS.update({"common.py": 2393, "README.md": 250})
 OTHERS = ".ci .gitignore LICENSE benchmarks pyproject.toml requirements.txt tests".split()
 
 
