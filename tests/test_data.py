@@ -625,6 +625,7 @@ UNUSABLE = {  # what the message says: name and content of the file
     "weights: [0, 1, 'x'] is not [start, end,": [RECORD | {"weights": [[0, 1, "x"]]}],
     "weights: [0, 1, -2] is not [start, end,": [RECORD | {"weights": [[0, 1, 3], [0, 1, -2]]}],
     "weights: [1, 1, 2] is not [start, end,": [RECORD | {"weights": [[1, 1, 2]]}],
+    "weights: [0, 0.5, 2] is not [start, end,": [RECORD | {"weights": [[0, 0.5, 2]]}],
     "[0, 2, 2] is not [start, end, weight]: 1 characters": [RECORD | {"weights": [[0, 2, 2]]}],
     "give one weight a row": [{"messages": [{"role": "user"}], "weights": [[0, 1, 2]]}],
     "the weights of all training targets are 0": [RECORD | dict(weight=0, prompt=p) for p in "abc"],
